@@ -1,0 +1,1 @@
+"""The front of the house: the HTTP service. It never imports torch."""

@@ -1,0 +1,80 @@
+"""The key of everything a job leaves behind, and of everything kept while it runs."""
+
+from __future__ import annotations
+
+RECIPE = "merge/recipe.json"
+PLAN = "merge/plan.json"
+TRIM_LOG = "merge/trim-log.jsonl"
+REPORT_JSON = "merge/report.json"
+REPORT_HTML = "merge/report.html"
+MANIFEST = "merge/manifest.json"
+MODEL_CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+MEDIA_TYPES = {
+    "json": "application/json",
+    "jsonl": "application/x-ndjson",
+    "html": "text/html; charset=utf-8",
+    "md": "text/markdown; charset=utf-8",
+    "txt": "text/plain; charset=utf-8",
+    "safetensors": "application/octet-stream",
+}
+
+
+def media_type(name: str) -> str:
+    """The media type of an artifact, by the end of its name."""
+    return MEDIA_TYPES.get(name.rpartition(".")[2], "application/octet-stream")
+
+
+def role(name: str) -> str:
+    """What an artifact is for: weights, head, tokenizer, report or provenance."""
+    if name == INDEX or (name.startswith("model") and name.endswith(".safetensors")):
+        return "weights"
+    if name.startswith("heads/"):
+        return "head"
+    if name in (REPORT_JSON, REPORT_HTML, MODEL_CARD):
+        return "report"
+    if name.startswith("merge/"):
+        return "provenance"
+    return "configuration"
+
+
+def shard(index: int, count: int) -> str:
+    """Name of output shard ``index`` of ``count``, counted from 0, as Hugging Face names them."""
+    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def removed(index: int) -> str:
+    """Name of the removed components of shard ``index``, counted from 0."""
+    return f"merge/removed-{index + 1:05d}.safetensors"
+
+
+def head(task: str) -> str:
+    """Name of a task's head."""
+    return f"heads/{task}.safetensors"
+
+
+def default_prefix(workspace: str, job_id: str) -> str:
+    """Where a result goes that was given no place."""
+    return f"{workspace}merges/{job_id}/"
+
+
+def scratch(workspace: str, job_id: str) -> str:
+    """Where a running job keeps what its later stages need; deleted when it ends."""
+    return f"{workspace}scratch/{job_id}/"
+
+
+def trim_log_part(workspace: str, job_id: str, index: int) -> str:
+    """The trim log of one shard, until the stages' end puts them together."""
+    return f"{scratch(workspace, job_id)}trim-log-{index + 1:05d}.jsonl"
+
+
+def cached_statistics(workspace: str, digest: str) -> str:
+    """Statistics of one task's exemplars, by the digest of everything they depend on."""
+    return f"{workspace}cache/statistics/{digest}.safetensors"
+
+
+def cached_score(workspace: str, digest: str) -> str:
+    """The score of a base or an expert, by the digest of everything it depends on."""
+    return f"{workspace}cache/scores/{digest}.json"

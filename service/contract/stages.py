@@ -1,0 +1,62 @@
+"""The stages of a job in order: their messages, their queues, and what their parts are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Stage(StrEnum):
+    """One durable step of a job, done in parts."""
+
+    PLAN = "plan"
+    CALIBRATE = "calibrate"
+    MERGE = "merge"
+    EVALUATE = "evaluate"
+    FINALIZE = "finalize"
+
+
+class Queue(StrEnum):
+    """Where a stage's messages wait: what is quick never waits behind what is not."""
+
+    LIGHT = "catmerge.light"
+    HEAVY = "catmerge.heavy"
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """What the house knows about a stage."""
+
+    message: str
+    queue: Queue
+    parts_are: str
+
+
+STAGES: dict[Stage, StageRow] = {
+    Stage.PLAN: StageRow("catmerge.plan", Queue.LIGHT, "one"),
+    Stage.CALIBRATE: StageRow("catmerge.calibrate", Queue.HEAVY, "one per task"),
+    Stage.MERGE: StageRow("catmerge.merge", Queue.HEAVY, "one per output shard"),
+    Stage.EVALUATE: StageRow("catmerge.evaluate", Queue.HEAVY, "one per evaluated task"),
+    Stage.FINALIZE: StageRow("catmerge.finalize", Queue.LIGHT, "one"),
+}
+ORDER: tuple[Stage, ...] = tuple(STAGES)
+
+
+@dataclass(frozen=True)
+class PartMessage:
+    """What travels over the broker: which part to look at, never data."""
+
+    stage: Stage
+    job_id: str
+    part: int
+
+
+@dataclass(frozen=True)
+class NewPart:
+    """A part that a plan asks for: ``weight`` is its share of the job's work in arbitrary units."""
+
+    stage: Stage
+    part: int
+    name: str
+    weight: float
+    tensors_total: int = 0

@@ -1,0 +1,1 @@
+"""The workshop: the only package that knows torch."""
