@@ -1,0 +1,1 @@
+"""Adapters to where things are kept: objects and jobs."""

@@ -1,0 +1,427 @@
+"""The parts of jobs as workers and the sweeper see them: claimed under a lease, fenced by a token, done once."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, func, or_, select, update
+from sqlalchemy import case as sql_case
+
+from service.contract.errors import DeadlineExceeded, Failure, WorkerLost
+from service.contract.job import FailureRecord, Status
+from service.contract.recipe import Recipe
+from service.contract.stages import ORDER, NewPart, PartMessage, Stage
+from service.stores.database import Database, now
+from service.stores.records import ACTIVE, lock_job, record, touch
+from service.stores.schema import idempotency_keys, jobs, leaders, parts
+
+BACKOFF_SECONDS = 2.0
+BACKOFF_LIMIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Counters:
+    """How far a part is."""
+
+    tensors_done: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """The right to do a part, until the lease ends. ``token`` is what every later write has to show."""
+
+    job_id: str
+    stage: Stage
+    part: int
+    name: str
+    token: str
+    attempt: int
+    recipe: Recipe
+    prefix: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a part leaves in the database when it is done.
+
+    ``parts`` are the parts that a plan asks for; ``status`` and ``result`` end the job, which only its last part may.
+    """
+
+    output: Mapping[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    parts: tuple[NewPart, ...] = ()
+    status: Status | None = None
+    result: Mapping[str, Any] | None = None
+
+
+class PartStore:
+    """What workers and the sweeper may do with parts; each method is one transaction."""
+
+    def __init__(self, database: Database, *, lease_seconds: float, part_attempts: int) -> None:
+        self._database = database
+        self._lease_seconds = lease_seconds
+        self._part_attempts = part_attempts
+
+    def claim(self, message: PartMessage, owner: str) -> Claim | None:
+        """Take a part that is ready. None where it is claimed, done, withdrawn or unknown: the message was late."""
+        with self._database.write() as connection:
+            job = lock_job(connection, message.job_id)
+            if job is None or job.status not in ACTIVE:
+                return None
+            token = secrets.token_hex(16)
+            row = connection.execute(
+                update(parts)
+                .where(*_is(message), parts.c.state == "ready")
+                .values(
+                    state="claimed",
+                    claim=token,
+                    owner=owner,
+                    lease_until=now() + self._lease_seconds,
+                    attempt=parts.c.attempt + 1,
+                    tries=parts.c.tries + 1,
+                )
+                .returning(parts)
+            ).one_or_none()
+            if row is None:
+                return None
+            self._note_start(connection, job, message.stage)
+            recipe = Recipe.model_validate(job.recipe)
+            return Claim(job.id, message.stage, row.part, row.name, token, row.attempt, recipe, job.prefix)
+
+    def _note_start(self, connection: Connection, job: Row[Any], stage: Stage) -> None:
+        if job.status == Status.QUEUED:
+            changes = {"status": Status.RUNNING.value, "started_at": func.coalesce(jobs.c.started_at, now())}
+            record(connection, job.id, "job.started", {"attempt": job.attempt}, **changes)
+        if job.stage != stage:
+            count = connection.execute(
+                select(func.count()).where(parts.c.job_id == job.id, parts.c.stage == stage.value)
+            ).scalar_one()
+            record(connection, job.id, "stage.started", {"stage": stage.value, "parts": count}, stage=stage.value)
+
+    def heartbeat(self, claim: Claim, counters: Counters) -> bool:
+        """Extend the lease and write how far the part is. False: it is no longer this worker's."""
+        with self._database.write() as connection:
+            lock_job(connection, claim.job_id)
+            held = connection.execute(
+                update(parts).where(*_held(claim)).values(lease_until=now() + self._lease_seconds, **_counted(counters))
+            ).rowcount
+            if held:
+                touch(connection, claim.job_id)
+            return bool(held)
+
+    def commit_point(self, claim: Claim) -> bool:
+        """Announce that the result is about to become visible: from here the job can't be cancelled."""
+        with self._database.write() as connection:
+            lock_job(connection, claim.job_id)
+            return bool(connection.execute(update(parts).where(*_held(claim)).values(committing=True)).rowcount)
+
+    def complete(self, claim: Claim, done: Done, counters: Counters) -> list[PartMessage] | None:
+        """Record that a part is done and move its job on; returns what to send, or None where the claim was lost."""
+        with self._database.write() as connection:
+            job = lock_job(connection, claim.job_id)
+            held = connection.execute(
+                update(parts)
+                .where(*_held(claim))
+                .values(
+                    state="done",
+                    committing=False,
+                    lease_until=None,
+                    output=dict(done.output),
+                    **_counted(counters),
+                )
+            ).rowcount
+            if not held or job is None:
+                return None
+            record(connection, claim.job_id, "part.done", _named(claim), warnings=[*job.warnings, *done.warnings])
+            ask_for(connection, claim.job_id, done.parts, ready=None)
+            if done.status is not None:
+                _end(connection, claim.job_id, done)
+                return []
+            return _move_on(connection, claim)
+
+    def fail(self, claim: Claim, failure: Failure) -> bool:
+        """Try the part again later where that may help, else fail the job. True where the job has failed."""
+        with self._database.write() as connection:
+            lock_job(connection, claim.job_id)
+            row = connection.execute(select(parts).where(*_held(claim))).one_or_none()
+            return row is not None and self._retry_or_fail(connection, row, failure)
+
+    def release(self, claim: Claim) -> PartMessage | None:
+        """Give a part back undone, to be done elsewhere at once: the worker is leaving."""
+        with self._database.write() as connection:
+            lock_job(connection, claim.job_id)
+            held = connection.execute(
+                update(parts).where(*_held(claim)).values(**_unclaimed(), tries=parts.c.tries - 1, not_before=now())
+            ).rowcount
+            return PartMessage(claim.stage, claim.job_id, claim.part) if held else None
+
+    def outputs(self, job_id: str, stage: Stage) -> list[dict[str, Any]]:
+        """What the parts of a stage left, in their order."""
+        with self._database.read() as connection:
+            found = connection.execute(
+                select(parts.c.output)
+                .where(parts.c.job_id == job_id, parts.c.stage == stage.value)
+                .order_by(parts.c.part)
+            ).scalars()
+            return [dict(output or {}) for output in found]
+
+    def job_times(self, job_id: str) -> tuple[float, float]:
+        """When a job started and what time it is now, by the database's clock."""
+        with self._database.read() as connection:
+            row = connection.execute(select(jobs.c.started_at, now()).where(jobs.c.id == job_id)).one()
+            return float(row[0] or row[1]), float(row[1])
+
+    def elect(self, duty: str, owner: str, seconds: float) -> bool:
+        """Whether ``owner`` has the duty for the next ``seconds``: one sweeps, and another takes over if it dies."""
+        with self._database.write() as connection:
+            self._database.serialize(connection, f"duty:{duty}")
+            row = connection.execute(select(leaders).where(leaders.c.duty == duty)).one_or_none()
+            values = {"owner": owner, "until": now() + seconds}
+            if row is None:
+                connection.execute(leaders.insert().values(duty=duty, **values))
+                return True
+            free = or_(leaders.c.owner == owner, leaders.c.until < now())
+            return bool(connection.execute(update(leaders).where(leaders.c.duty == duty, free).values(values)).rowcount)
+
+    def resign(self, duty: str, owner: str) -> None:
+        with self._database.write() as connection:
+            connection.execute(delete(leaders).where(leaders.c.duty == duty, leaders.c.owner == owner))
+
+    def due(self, resend_after_seconds: float, limit: int) -> list[PartMessage]:
+        """Parts that are ready and were never sent, or so long ago that their message may be lost. Marks them sent."""
+        with self._database.write() as connection:
+            unsent = or_(parts.c.sent_at.is_(None), parts.c.sent_at < now() - resend_after_seconds)
+            rows = connection.execute(
+                select(parts.c.stage, parts.c.job_id, parts.c.part)
+                .where(parts.c.state == "ready", parts.c.not_before <= now(), unsent)
+                .order_by(parts.c.not_before, parts.c.job_id, parts.c.part)
+                .limit(limit)
+            ).all()
+            messages = [PartMessage(Stage(row.stage), row.job_id, row.part) for row in rows]
+            _mark_sent(connection, messages)
+            return messages
+
+    def mark_sent(self, messages: Sequence[PartMessage]) -> None:
+        """Note that these parts were rung for, so that the sweeper leaves them be for a while."""
+        with self._database.write() as connection:
+            _mark_sent(connection, messages)
+
+    def mark_unsent(self, messages: Sequence[PartMessage]) -> None:
+        """Note that the broker did not take these, so that the sweeper sends them when it can."""
+        with self._database.write() as connection:
+            for message in messages:
+                connection.execute(update(parts).where(*_is(message)).values(sent_at=None))
+
+    def take_back_expired(self) -> int:
+        """Make ready again, or fail, the parts whose workers have not been heard from; returns how many."""
+        with self._database.read() as connection:
+            late = connection.execute(
+                select(parts).where(parts.c.state == "claimed", parts.c.lease_until < now())
+            ).all()
+        return sum(self._take_back(row) for row in late)
+
+    def _take_back(self, late: Row[Any]) -> bool:
+        with self._database.write() as connection:
+            lock_job(connection, late.job_id)
+            still = (parts.c.claim == late.claim, parts.c.state == "claimed", parts.c.lease_until < now())
+            row = connection.execute(select(parts).where(*still)).one_or_none()
+            if row is None:
+                return False
+            lost = WorkerLost(
+                f"The worker {row.owner} doing {row.name!r} ({row.stage}) was not heard from for "
+                f"{self._lease_seconds:g} s. If the machine killed it, it likely ran out of memory: see the plan's "
+                "peak_memory_bytes."
+            )
+            self._retry_or_fail(connection, row, lost)
+            return True
+
+    def end_overdue(self) -> list[str]:
+        """Fail the jobs whose deadline has passed; returns their ids."""
+        with self._database.read() as connection:
+            overdue = connection.execute(
+                select(jobs.c.id).where(jobs.c.status.in_(ACTIVE), jobs.c.deadline_at < now())
+            ).scalars()
+            ids = list(overdue)
+        return [job_id for job_id in ids if self._end_overdue(job_id)]
+
+    def _end_overdue(self, job_id: str) -> bool:
+        with self._database.write() as connection:
+            job = lock_job(connection, job_id)
+            if job is None or job.status not in ACTIVE:
+                return False
+            seconds = job.recipe["deadline_seconds"]
+            fail_job(connection, job_id, DeadlineExceeded(f"The job did not finish within {seconds} s."))
+            return True
+
+    def forget_keys(self, older_than_seconds: float) -> int:
+        """Forget idempotency keys of that age."""
+        with self._database.write() as connection:
+            old = idempotency_keys.c.created_at < now() - older_than_seconds
+            return connection.execute(delete(idempotency_keys).where(old)).rowcount
+
+    def _retry_or_fail(self, connection: Connection, row: Row[Any], failure: Failure) -> bool:
+        if not failure.retryable or row.tries >= self._part_attempts:
+            fail_job(connection, row.job_id, failure)
+            return True
+        wait = min(BACKOFF_SECONDS * 2 ** (row.tries - 1), BACKOFF_LIMIT_SECONDS) * random.uniform(0.5, 1.5)  # noqa: S311
+        connection.execute(
+            update(parts)
+            .where(parts.c.job_id == row.job_id, parts.c.stage == row.stage, parts.c.part == row.part)
+            .values(**_unclaimed(), not_before=now() + wait)
+        )
+        data = {"stage": row.stage, "part": row.part, "name": row.name, "attempt": row.attempt}
+        record(connection, row.job_id, "part.retried", {**data, "code": failure.code, "detail": failure.detail})
+        return False
+
+
+def fail_job(connection: Connection, job_id: str, failure: Failure) -> None:
+    """End a job over ``failure``; its open parts are withdrawn."""
+    error = FailureRecord.of(failure).model_dump(mode="json")
+    withdraw(connection, job_id)
+    record(connection, job_id, "job.failed", error, status=Status.FAILED.value, finished_at=now(), error=error)
+
+
+def withdraw(connection: Connection, job_id: str) -> None:
+    """Take back a job's open parts, so that no worker's later write counts."""
+    connection.execute(
+        update(parts)
+        .where(parts.c.job_id == job_id, parts.c.state != "done")
+        .values(state="cancelled", claim=None, owner=None, lease_until=None, committing=False)
+    )
+
+
+def ask_for(connection: Connection, job_id: str, new: Sequence[NewPart], *, ready: Stage | None) -> None:
+    """Add parts to a job: those of the stage ``ready`` may be claimed at once, the others wait for their stage."""
+    rows = [
+        {
+            "job_id": job_id,
+            "stage": part.stage.value,
+            "part": part.part,
+            "name": part.name,
+            "state": "ready" if part.stage is ready else "waiting",
+            "weight": part.weight,
+            "tries": 0,
+            "attempt": 0,
+            "committing": False,
+            "not_before": 0.0,
+            "tensors_done": 0,
+            "tensors_total": part.tensors_total,
+            "bytes_read": 0,
+            "bytes_written": 0,
+        }
+        for part in new
+    ]
+    if rows:
+        connection.execute(parts.insert(), rows)
+
+
+def reopen(connection: Connection, job_id: str) -> Stage | None:
+    """Open a job's undone parts again, with fresh tries; returns the stage that goes on."""
+    connection.execute(
+        update(parts)
+        .where(parts.c.job_id == job_id, parts.c.state != "done")
+        .values(**_unclaimed(), tries=0, not_before=0.0)
+        .values(state="waiting")
+    )
+    return _open_next_stage(connection, job_id)
+
+
+def ready_messages(connection: Connection, job_id: str) -> list[PartMessage]:
+    """What to send for the parts of a job that may be claimed."""
+    rows = connection.execute(
+        select(parts.c.stage, parts.c.part).where(parts.c.job_id == job_id, parts.c.state == "ready")
+    )
+    return [PartMessage(Stage(row.stage), job_id, row.part) for row in rows]
+
+
+def _open_next_stage(connection: Connection, job_id: str) -> Stage | None:
+    found = connection.execute(
+        select(parts.c.stage).where(parts.c.job_id == job_id, parts.c.state != "done").distinct()
+    ).scalars()
+    waiting = {Stage(stage) for stage in found}
+    upcoming = next((stage for stage in ORDER if stage in waiting), None)
+    if upcoming is not None:
+        connection.execute(
+            update(parts)
+            .where(parts.c.job_id == job_id, parts.c.stage == upcoming.value, parts.c.state == "waiting")
+            .values(state="ready", sent_at=None)
+        )
+    return upcoming
+
+
+def _move_on(connection: Connection, claim: Claim) -> list[PartMessage]:
+    left = select(func.count()).where(
+        parts.c.job_id == claim.job_id, parts.c.stage == claim.stage.value, parts.c.state != "done"
+    )
+    if connection.execute(left).scalar_one():
+        return []
+    _open_next_stage(connection, claim.job_id)
+    messages = ready_messages(connection, claim.job_id)
+    _mark_sent(connection, messages)
+    return messages
+
+
+def _end(connection: Connection, job_id: str, done: Done) -> None:
+    status = done.status or Status.SUCCEEDED
+    withdraw(connection, job_id)
+    record(
+        connection,
+        job_id,
+        f"job.{status.value}",
+        {"status": status.value},
+        status=status.value,
+        finished_at=now(),
+        result=dict(done.result or {}),
+    )
+
+
+def _mark_sent(connection: Connection, messages: Sequence[PartMessage]) -> None:
+    for message in messages:
+        connection.execute(update(parts).where(*_is(message)).values(sent_at=now()))
+
+
+def _is(message: PartMessage) -> tuple[Any, ...]:
+    return (
+        parts.c.job_id == message.job_id,
+        parts.c.stage == message.stage.value,
+        parts.c.part == message.part,
+    )
+
+
+def _held(claim: Claim) -> tuple[Any, ...]:
+    return (*_is(PartMessage(claim.stage, claim.job_id, claim.part)), parts.c.claim == claim.token)
+
+
+def _named(claim: Claim) -> dict[str, Any]:
+    return {"stage": claim.stage.value, "part": claim.part, "name": claim.name, "attempt": claim.attempt}
+
+
+def _unclaimed() -> dict[str, Any]:
+    return {
+        "state": "ready",
+        "claim": None,
+        "owner": None,
+        "lease_until": None,
+        "committing": False,
+        "sent_at": None,
+    }
+
+
+def _counted(counters: Counters) -> dict[str, Any]:
+    """Counters never fall, though a part may start over on another worker."""
+
+    def higher(name: str, value: int) -> Any:
+        column = parts.c[name]
+        return sql_case((column > value, column), else_=value)
+
+    return {
+        "tensors_done": higher("tensors_done", counters.tensors_done),
+        "bytes_read": higher("bytes_read", counters.bytes_read),
+        "bytes_written": higher("bytes_written", counters.bytes_written),
+    }

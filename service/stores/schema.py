@@ -1,0 +1,109 @@
+"""The tables: one schema for SQLite and PostgreSQL. Times are seconds since the epoch by the database's clock."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s",
+    }
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("caller", String(255), nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("stage", String(16)),
+    Column("recipe", JSON, nullable=False),
+    Column("recipe_sha256", String(64), nullable=False),
+    Column("metadata", JSON, nullable=False),
+    Column("prefix", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("last_seq", Integer, nullable=False),
+    Column("error", JSON(none_as_null=True)),
+    Column("warnings", JSON, nullable=False),
+    Column("result", JSON(none_as_null=True)),
+    Column("created_at", Double, nullable=False),
+    Column("queued_at", Double, nullable=False),
+    Column("started_at", Double),
+    Column("finished_at", Double),
+    Column("deadline_at", Double),
+    Column("expires_at", Double),
+    Index(None, "caller", "id"),
+    Index(None, "status", "id"),
+    Index(None, "prefix"),
+)
+
+parts = Table(
+    "parts",
+    metadata,
+    Column("job_id", String(64), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("stage", String(16), primary_key=True),
+    Column("part", Integer, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("state", String(16), nullable=False),  # waiting, ready, claimed, done, cancelled
+    Column("weight", Double, nullable=False),
+    Column("tries", Integer, nullable=False),  # attempts since the last retry of the job, against part_attempts
+    Column("attempt", Integer, nullable=False),
+    Column("claim", String(64)),  # the fencing token: every write of a worker carries the one it was given
+    Column("owner", String(255)),
+    Column("committing", Boolean, nullable=False),
+    Column("lease_until", Double),
+    Column("sent_at", Double),
+    Column("not_before", Double, nullable=False),
+    Column("tensors_done", BigInteger, nullable=False),
+    Column("tensors_total", BigInteger, nullable=False),
+    Column("bytes_read", BigInteger, nullable=False),
+    Column("bytes_written", BigInteger, nullable=False),
+    Column("output", JSON(none_as_null=True)),
+    Index(None, "state", "not_before"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("job_id", String(64), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("type", String(64), nullable=False),
+    Column("created_at", Double, nullable=False),
+    Column("data", JSON, nullable=False),
+)
+
+idempotency_keys = Table(
+    "idempotency_keys",
+    metadata,
+    Column("scope", String(320), primary_key=True),  # caller, method and path
+    Column("key", String(255), primary_key=True),
+    Column("fingerprint", String(64), nullable=False),
+    Column("status", Integer, nullable=False),
+    Column("body", JSON, nullable=False),
+    Column("created_at", Double, nullable=False),
+    Index(None, "created_at"),
+)
+
+leaders = Table(
+    "leaders",
+    metadata,
+    Column("duty", String(64), primary_key=True),
+    Column("owner", String(255), nullable=False),
+    Column("until", Double, nullable=False),
+)
