@@ -171,6 +171,12 @@ class InputMissing(Failure):
     code, blame = "input_missing", Blame.USER
 
 
+class AccessLost(Failure):
+    """An address may no longer be used, or may be read but not written: keys or rules have changed."""
+
+    code, blame = "access_denied", Blame.STORAGE
+
+
 class BadTensor(Failure):
     """NaN or infinity where there must be numbers."""
 

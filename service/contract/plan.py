@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from service.contract.base import Frozen
+from service.contract.checkpoint import tensor_bytes
 from service.contract.treatments import Role, Treatment
 
 
@@ -21,7 +22,7 @@ class TensorPlan(Frozen):
     """What happens to one output tensor.
 
     ``source`` says whether it is merged, or copied from the base (integers, and what no task has).
-    ``transposed`` marks the layout [in, out]. ``start`` and ``end`` are byte offsets in the output file's data.
+    ``transposed`` marks the layout [in, out].
     """
 
     name: str
@@ -33,6 +34,16 @@ class TensorPlan(Frozen):
     transposed: bool
     source: str = Field(pattern="^(merged|base)$")
     treatment: Treatment
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the output."""
+        return tensor_bytes(self.dtype, self.shape)
+
+    @property
+    def nbytes_in(self) -> int:
+        """Bytes in the base, and in each task's checkpoint where the tensor is merged."""
+        return tensor_bytes(self.base_dtype, self.shape)
 
 
 class ShardPlan(Frozen):

@@ -39,7 +39,7 @@ class Connections(Frozen):
     ``object_store`` is ``s3`` for an S3 server, or ``file:///folder``: then ``s3://bucket/key`` lives at
     ``folder/bucket/key``. ``buckets`` are the buckets that recipes may name (None: any), ``file_roots`` the folders
     under which they may name ``file:///`` addresses (none by default). ``workspace`` is where caches, scratch and
-    results without an address of their own go. Without keys, boto3's own chain finds them.
+    results without an address of their own go. Without keys or a region, boto3's own chain finds them.
     """
 
     database_url: str = Field(default_factory=_default_database)
@@ -47,7 +47,7 @@ class Connections(Frozen):
     object_store: str = Field(default_factory=_default_objects)
     s3_endpoint: str | None = None
     s3_public_endpoint: str | None = None
-    s3_region: str = "us-east-1"
+    s3_region: str | None = None
     s3_access_key: SecretStr | None = None
     s3_secret_key: SecretStr | None = None
     buckets: tuple[str, ...] | None = None

@@ -9,6 +9,8 @@ from typing import Any
 
 import alembic.command
 import alembic.config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError
@@ -78,6 +80,12 @@ class Database:
             config.set_main_option("script_location", str(MIGRATIONS))
             config.attributes["connection"] = connection
             alembic.command.upgrade(config, "head")
+
+    def is_current(self) -> bool:
+        """Whether the schema is the one this code was written for."""
+        head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
+        with self.read() as connection:
+            return MigrationContext.configure(connection).get_current_revision() == head
 
     def close(self) -> None:
         self.engine.dispose()

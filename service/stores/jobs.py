@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, delete, func, literal, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, literal, or_, select
 
 from service.contract.errors import (
     Blame,
@@ -79,7 +79,7 @@ class JobStore:
 
     def submit(
         self, submission: Submission, key: IdempotencyKey | None, answer: Callable[[Job], KeptAnswer]
-    ) -> tuple[Job, None] | tuple[None, KeptAnswer]:
+    ) -> Job | KeptAnswer:
         """Store a job, its first event, its first part and its idempotency key, or find the answer already given.
 
         Raises:
@@ -91,7 +91,7 @@ class JobStore:
             self._database.serialize(connection, "submit")
             kept = _kept(connection, key)
             if kept is not None:
-                return None, kept
+                return kept
             job_id = _next_id(connection)
             prefix = submission.prefix(job_id)
             _refuse_taken(connection, prefix, except_job=job_id)
@@ -101,7 +101,7 @@ class JobStore:
             job = _one_view(connection, job_id)
             if key is not None:
                 _keep(connection, key, answer(job))
-            return job, None
+            return job
 
     def replay(self, key: IdempotencyKey) -> KeptAnswer | None:
         """The answer kept for ``key``, if there is one. Raises IdempotencyKeyReused."""
@@ -128,13 +128,15 @@ class JobStore:
             rows = connection.execute(_listed(listing, self._database.is_sqlite)).all()
             return views(connection, rows[: listing.limit]), len(rows) > listing.limit
 
-    def cancel(self, caller: str, job_id: str) -> tuple[Job, bool]:
-        """End a job that has not ended; returns it and whether this changed it.
+    def cancel(self, caller: str, job_id: str, expect: Callable[[Job], None] = lambda _: None) -> tuple[Job, bool]:
+        """End a job that has not ended; returns it and whether it was still active.
 
-        A job whose last part is just then making its result visible is let finish.
+        A job whose last part is just then making its result visible is let finish. ``expect`` sees the job before
+        anything happens to it, and may raise.
         """
         with self._database.write() as connection:
             row = _own(lock_job(connection, job_id), caller, job_id)
+            expect(_one_view(connection, job_id))
             changes = row.status in ACTIVE and not _is_committing(connection, job_id)
             if changes:
                 withdraw(connection, job_id)
@@ -162,15 +164,22 @@ class JobStore:
             record(connection, job_id, "job.retried", {"attempt": row.attempt + 1}, **_reopened(row, stage))
             return _one_view(connection, job_id), ready_messages(connection, job_id)
 
-    def delete(self, caller: str, job_id: str) -> Job:
-        """Forget a finished job. Raises JobNotTerminal, NotFound."""
+    def delete(self, caller: str, job_id: str, expect: Callable[[Job], None] = lambda _: None) -> Job:
+        """Forget a finished job. ``expect`` sees it first, and may raise. Raises JobNotTerminal, NotFound."""
         with self._database.write() as connection:
             row = _own(lock_job(connection, job_id), caller, job_id)
+            job = _one_view(connection, job_id)
+            expect(job)
             if row.status in ACTIVE:
                 raise JobNotTerminal(f"Job {job_id} is {row.status}; cancel it first, or wait.")
-            job = _one_view(connection, job_id)
             connection.execute(delete(jobs).where(jobs.c.id == job_id))
             return job
+
+    def successor(self, job: Job) -> str | None:
+        """The id of a job that was put in the same folder, above it or below it, after ``job``; None: there is none."""
+        with self._database.read() as connection:
+            later = (jobs.c.queued_at > job.queued_at, jobs.c.id != job.id, _overlaps(job.prefix))
+            return connection.execute(select(jobs.c.id).where(*later).limit(1)).scalar_one_or_none()
 
     def events(self, caller: str, job_id: str, after: int, limit: int) -> tuple[list[Event], bool, bool]:
         """Events with numbers above ``after``; whether there are more; and whether no further event will come."""
@@ -249,18 +258,25 @@ def _next_id(connection: Connection) -> str:
 
 def _refuse_taken(connection: Connection, prefix: str, *, except_job: str) -> None:
     """Two jobs at work in one folder would make one result of both."""
-    starts_with_theirs = literal(prefix).startswith(jobs.c.prefix, autoescape=False)
     taken = connection.execute(
-        select(jobs.c.id).where(
-            jobs.c.status.in_(ACTIVE),
-            jobs.c.id != except_job,
-            or_(jobs.c.prefix.startswith(prefix, autoescape=True), starts_with_theirs),
-        )
+        select(jobs.c.id).where(jobs.c.status.in_(ACTIVE), jobs.c.id != except_job, _overlaps(prefix))
     ).first()
     if taken is not None:
         raise OutputExists(
             f"Job {taken.id} is writing to {prefix}, above it or below it; wait for it, cancel it, or choose another."
         )
+
+
+def _overlaps(prefix: str) -> ColumnElement[bool]:
+    """Whether a job's folder is this one, above it or below it.
+
+    Not by LIKE: to SQLite's, letter case makes no difference, and to both the underscore of a folder is a wildcard.
+    """
+    length = len(prefix)
+    return or_(
+        func.substr(jobs.c.prefix, 1, length) == prefix,
+        func.substr(literal(prefix), 1, func.length(jobs.c.prefix)) == jobs.c.prefix,
+    )
 
 
 def _new_row(job_id: str, prefix: str, submission: Submission) -> dict[str, Any]:

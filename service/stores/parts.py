@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, or_, select, update
@@ -13,6 +12,7 @@ from sqlalchemy import case as sql_case
 
 from service.contract.errors import DeadlineExceeded, Failure, WorkerLost
 from service.contract.job import FailureRecord, Status
+from service.contract.parts import Claim, Counters, Done, SoFar
 from service.contract.recipe import Recipe
 from service.contract.stages import ORDER, NewPart, PartMessage, Stage
 from service.stores.database import Database, now
@@ -21,43 +21,6 @@ from service.stores.schema import idempotency_keys, jobs, leaders, parts
 
 BACKOFF_SECONDS = 2.0
 BACKOFF_LIMIT_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Counters:
-    """How far a part is."""
-
-    tensors_done: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-
-
-@dataclass(frozen=True)
-class Claim:
-    """The right to do a part, until the lease ends. ``token`` is what every later write has to show."""
-
-    job_id: str
-    stage: Stage
-    part: int
-    name: str
-    token: str
-    attempt: int
-    recipe: Recipe
-    prefix: str
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a part leaves in the database when it is done.
-
-    ``parts`` are the parts that a plan asks for; ``status`` and ``result`` end the job, which only its last part may.
-    """
-
-    output: Mapping[str, Any] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    parts: tuple[NewPart, ...] = ()
-    status: Status | None = None
-    result: Mapping[str, Any] | None = None
 
 
 class PartStore:
@@ -138,7 +101,8 @@ class PartStore:
             ).rowcount
             if not held or job is None:
                 return None
-            record(connection, claim.job_id, "part.done", _named(claim), warnings=[*job.warnings, *done.warnings])
+            warnings = list(dict.fromkeys([*job.warnings, *done.warnings]))
+            record(connection, claim.job_id, "part.done", _named(claim), warnings=warnings)
             ask_for(connection, claim.job_id, done.parts, ready=None)
             if done.status is not None:
                 _end(connection, claim.job_id, done)
@@ -171,11 +135,16 @@ class PartStore:
             ).scalars()
             return [dict(output or {}) for output in found]
 
-    def job_times(self, job_id: str) -> tuple[float, float]:
-        """When a job started and what time it is now, by the database's clock."""
+    def so_far(self, job_id: str) -> SoFar:
+        """What a job has cost until now."""
         with self._database.read() as connection:
-            row = connection.execute(select(jobs.c.started_at, now()).where(jobs.c.id == job_id)).one()
-            return float(row[0] or row[1]), float(row[1])
+            job = connection.execute(
+                select(jobs.c.created_at, jobs.c.started_at, now()).where(jobs.c.id == job_id)
+            ).one()
+            moved = connection.execute(
+                select(func.sum(parts.c.bytes_read), func.sum(parts.c.bytes_written)).where(parts.c.job_id == job_id)
+            ).one()
+            return SoFar(job[0], job[1] or job[2], job[2], int(moved[0] or 0), int(moved[1] or 0))
 
     def elect(self, duty: str, owner: str, seconds: float) -> bool:
         """Whether ``owner`` has the duty for the next ``seconds``: one sweeps, and another takes over if it dies."""
@@ -264,6 +233,12 @@ class PartStore:
         with self._database.write() as connection:
             old = idempotency_keys.c.created_at < now() - older_than_seconds
             return connection.execute(delete(idempotency_keys).where(old)).rowcount
+
+    def forget_expired_jobs(self) -> int:
+        """Forget finished jobs past their ``expires_at``; their artifacts stay."""
+        with self._database.write() as connection:
+            expired = (jobs.c.expires_at < now(), jobs.c.status.not_in(ACTIVE))
+            return connection.execute(delete(jobs).where(*expired)).rowcount
 
     def _retry_or_fail(self, connection: Connection, row: Row[Any], failure: Failure) -> bool:
         if not failure.retryable or row.tries >= self._part_attempts:

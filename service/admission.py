@@ -1,0 +1,211 @@
+"""Do these checkpoints, samples and places fit each other? Headers only, and every disagreement in one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from service.contract.checkpoint import Checkpoint, Header
+from service.contract.errors import (
+    BucketNotAllowed,
+    CheckpointNotFound,
+    ExemplarsDoNotFit,
+    Fault,
+    Forbidden,
+    IncompatibleCheckpoints,
+    MalformedCheckpoint,
+    OutputExists,
+    RecipeUnfit,
+    Refusal,
+    ValidationError,
+)
+from service.contract.fit import fit
+from service.contract.plan import Plan
+from service.contract.planning import make_plan
+from service.contract.recipe import Recipe
+from service.contract.roles import guess_parameter
+from service.contract.samples import head_faults, input_faults, labeled_faults, statistics_faults
+from service.stores.checkpoints import read_checkpoint, read_header
+from service.stores.objects import Objects, refusals
+
+READERS = 8
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a recipe's addresses hold, by JSON pointer; None where it could not be read."""
+
+    base: Checkpoint | None
+    tasks: tuple[Checkpoint | None, ...]
+    files: Mapping[str, Header | None]
+
+
+def admit(recipe: Recipe, objects: Objects) -> Plan:
+    """Look at everything a recipe names, and return the plan as far as it can be told without its model.
+
+    Roles are told from names and shapes here; the workers ask the model's own modules.
+
+    Raises:
+        Refusal: with a fault for everything that does not fit, each with a pointer into the recipe.
+    """
+    faults = _place_faults(recipe, objects, recipe.output.prefix) if recipe.output.prefix else []
+    opened = _open(recipe, objects, faults)
+    faults += _file_faults(recipe, opened)
+    tasks = [task for task in opened.tasks if task is not None]
+    if opened.base is None or len(tasks) < len(recipe.tasks):
+        raise _refusal(faults)
+    found = fit(recipe, opened.base, tasks)
+    faults += found.faults
+    if faults:
+        raise _refusal(faults)
+    return make_plan(
+        recipe,
+        recipe.output.prefix or "",
+        opened.base,
+        tasks,
+        found,
+        lambda info: guess_parameter(info.name, info.shape),
+    )
+
+
+def _place_faults(recipe: Recipe, objects: Objects, prefix: str) -> list[Fault]:
+    """What is wrong with where the result is to go."""
+    pointer = "/output/prefix"
+    faults: list[Fault] = []
+    inputs = {"/base": recipe.base, **{f"/tasks/{i}/checkpoint": t.checkpoint for i, t in enumerate(recipe.tasks)}}
+    for where, address in inputs.items():
+        folder = address if address.endswith(("/", ".safetensors")) else address + "/"
+        if prefix.startswith(folder) or folder.startswith(prefix):
+            detail = (
+                f"{prefix} lies inside the input {where} ({address}), or around it; a result never mixes with inputs"
+            )
+            faults.append(Fault(pointer, "validation_error", detail))
+    with _collecting(faults, pointer):
+        objects.check(prefix + "x")
+        first = next(iter(objects.list(prefix)), None)
+        if first is not None and not recipe.output.overwrite and not faults:
+            detail = f"{first.address} exists; choose another prefix, or set output.overwrite"
+            faults.append(Fault(pointer, OutputExists.code, detail))
+    return faults
+
+
+def _open(recipe: Recipe, objects: Objects, faults: list[Fault]) -> Opened:
+    """Read all headers, several at a time; what can't be read becomes a fault."""
+    checkpoints = {"/base": recipe.base}
+    checkpoints |= {f"/tasks/{i}/checkpoint": task.checkpoint for i, task in enumerate(recipe.tasks)}
+    files = file_addresses(recipe)
+
+    def checkpoint(pointer: str) -> Checkpoint | None:
+        with _collecting(faults, pointer):
+            objects.check(checkpoints[pointer])
+            return read_checkpoint(objects, checkpoints[pointer])
+        return None
+
+    def header(pointer: str) -> Header | None:
+        with _collecting(faults, pointer):
+            objects.check(files[pointer])
+            return read_header(objects, files[pointer])[1]
+        return None
+
+    with ThreadPoolExecutor(READERS) as pool:
+        read = dict(zip(checkpoints, pool.map(checkpoint, checkpoints), strict=True))
+        headers = dict(zip(files, pool.map(header, files), strict=True))
+    tasks = tuple(read[f"/tasks/{i}/checkpoint"] for i in range(len(recipe.tasks)))
+    return Opened(read["/base"], tasks, headers)
+
+
+def file_addresses(recipe: Recipe) -> dict[str, str]:
+    """The files that a recipe names beside its checkpoints, by JSON pointer."""
+    found: dict[str, str] = {}
+    for i, task in enumerate(recipe.tasks):
+        if task.exemplars:
+            found[f"/tasks/{i}/exemplars"] = task.exemplars
+        if task.statistics:
+            found[f"/tasks/{i}/statistics"] = task.statistics
+    for i, row in enumerate(recipe.evaluation.tasks if recipe.evaluation else ()):
+        found[f"/evaluation/tasks/{i}/labeled"] = row.labeled
+        if row.head:
+            found[f"/evaluation/tasks/{i}/head/weight"] = row.head.weight
+    return found
+
+
+def _file_faults(recipe: Recipe, opened: Opened) -> list[Fault]:
+    """What is wrong with exemplars, statistics, labeled samples and heads."""
+    names = [task.name for task in recipe.tasks]
+    faults: list[Fault] = []
+    for i, checkpoint in enumerate(opened.tasks):
+        if checkpoint is not None:
+            faults += _checked(opened, f"/tasks/{i}/exemplars", checkpoint, _exemplar_faults)
+            faults += _checked(opened, f"/tasks/{i}/statistics", checkpoint, _statistics_faults)
+    for i, row in enumerate(recipe.evaluation.tasks if recipe.evaluation else ()):
+        checkpoint = opened.tasks[names.index(row.task)]
+        if checkpoint is not None:
+            faults += _checked(opened, f"/evaluation/tasks/{i}/labeled", checkpoint, _labeled_faults)
+            faults += _checked(opened, f"/evaluation/tasks/{i}/head/weight", checkpoint, _head_faults)
+    return faults
+
+
+def _exemplar_faults(header: Header, checkpoint: Checkpoint) -> list[str]:
+    if checkpoint.config is None:
+        return [
+            f"exemplars need the model to run, but {checkpoint.address} has no config.json; bring statistics instead"
+        ]
+    return input_faults(header.tensors, checkpoint.config)
+
+
+def _statistics_faults(header: Header, checkpoint: Checkpoint) -> list[str]:
+    return statistics_faults(header.tensors, checkpoint.tensors)
+
+
+def _head_faults(header: Header, _checkpoint: Checkpoint) -> list[str]:
+    return head_faults(header.tensors)
+
+
+def _labeled_faults(header: Header, checkpoint: Checkpoint) -> list[str]:
+    if checkpoint.config is None:
+        return [f"an evaluation needs the model to run, but {checkpoint.address} has no config.json beside it"]
+    return labeled_faults(header.tensors, checkpoint.config)
+
+
+def _checked(
+    opened: Opened, pointer: str, checkpoint: Checkpoint, check: Callable[[Header, Checkpoint], list[str]]
+) -> list[Fault]:
+    header = opened.files.get(pointer)
+    if header is None:
+        return []
+    file = next((info.file for info in header.tensors.values()), "the file")
+    return [Fault(pointer, ExemplarsDoNotFit.code, f"{file}: {sentence}") for sentence in check(header, checkpoint)]
+
+
+@contextmanager
+def _collecting(faults: list[Fault], pointer: str) -> Iterator[None]:
+    """Turn a Refusal about one address into a fault, so that all are looked at; an outage ends the looking."""
+    try:
+        with refusals():
+            yield
+    except Refusal as refusal:
+        if refusal.retryable:
+            raise
+        faults.append(Fault(pointer, refusal.code, refusal.detail))
+
+
+KINDS: Sequence[type[Refusal]] = (
+    BucketNotAllowed,
+    Forbidden,
+    CheckpointNotFound,
+    MalformedCheckpoint,
+    IncompatibleCheckpoints,
+    ExemplarsDoNotFit,
+    OutputExists,
+    ValidationError,
+)
+
+
+def _refusal(faults: Sequence[Fault]) -> Refusal:
+    """One refusal for all faults: of their kind where they agree, else of the general one."""
+    codes = {fault.code for fault in faults}
+    kind = next((kind for kind in KINDS if codes == {kind.code}), RecipeUnfit)
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    return kind(f"{faults[0].detail}{more}", tuple(faults))

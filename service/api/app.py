@@ -1,0 +1,98 @@
+"""Puts the doors in their frame: wiring and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import Depends, FastAPI
+from fastapi.routing import APIRoute
+from starlette.concurrency import run_in_threadpool
+
+from service.api import artifacts, catalogue, events, health, merges, problems, schema, trim_log
+from service.api.deps import House, plain_parameters
+from service.api.metrics import Metrics
+from service.api.watch import Watch
+from service.contract.settings import Connections
+from service.dispatch import Dispatcher
+from service.settings import Settings
+from service.stores.database import Database
+from service.stores.jobs import JobStore
+from service.stores.objects import open_objects
+from service.stores.parts import PartStore
+from service.sweeper import Rhythm, Sweeper
+
+# The trim log and the list of artifacts come before the artifact whose name may be any path.
+ROUTERS = (
+    merges.router,
+    events.router,
+    trim_log.router,
+    artifacts.router,
+    catalogue.router,
+    health.router,
+)
+
+
+def create_app(connections: Connections, settings: Settings) -> FastAPI:
+    """The API. It reaches for the database when it starts, not before."""
+    house = _house(connections, settings)
+    app = FastAPI(
+        title="catmerge",
+        version=version("catmerge"),
+        description=schema.DESCRIPTION.strip(),
+        lifespan=lambda _: _open(house),
+        dependencies=[Depends(plain_parameters)],
+        generate_unique_id_function=_operation_id,
+        redirect_slashes=False,
+        redoc_url=None,
+    )
+    app.state.house = house
+    app.add_middleware(Watch, metrics=house.metrics)
+    for kind in problems.HANDLED:
+        app.add_exception_handler(kind, problems.respond)
+    for router in ROUTERS:
+        app.include_router(router, responses=schema.REFUSED)
+    app.openapi = lambda: schema.describe(app)  # type: ignore[method-assign]  # FastAPI's own way to change it
+    return app
+
+
+def _house(connections: Connections, settings: Settings) -> House:
+    database = Database(connections.database_url)
+    jobs = JobStore(database)
+    return House(
+        connections=connections,
+        settings=settings,
+        database=database,
+        objects=open_objects(connections),
+        jobs=jobs,
+        parts=PartStore(database, lease_seconds=connections.lease_seconds, part_attempts=connections.part_attempts),
+        dispatcher=Dispatcher(connections.broker_url),
+        metrics=Metrics(jobs),
+    )
+
+
+@asynccontextmanager
+async def _open(house: House) -> AsyncIterator[None]:
+    await run_in_threadpool(house.database.migrate)
+    sweeper = Sweeper(house.parts, house.dispatcher, _rhythm(house.settings))
+    sweeper.start()
+    try:
+        yield
+    finally:
+        house.closing.set()
+        await run_in_threadpool(sweeper.stop)
+        house.dispatcher.close()
+        house.database.close()
+
+
+def _rhythm(settings: Settings) -> Rhythm:
+    return Rhythm(
+        sweep_seconds=settings.sweep_seconds,
+        resend_after_seconds=settings.resend_after_seconds,
+        keep_keys_seconds=settings.idempotency_seconds,
+    )
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name

@@ -1,0 +1,102 @@
+"""What pydantic finds wrong with a recipe, in the request's own terms: JSON pointers, and what was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from typing import Any, get_args
+
+import pydantic
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from service.contract.errors import Fault, ValidationError
+from service.contract.recipe import Recipe
+from service.contract.treatments import TREATMENTS
+
+MAX_FAULTS = 100
+Step = int | str
+
+
+def read_recipe(value: object) -> Recipe:
+    """A parsed body as a recipe.
+
+    Raises:
+        ValidationError: with a fault for everything that is wrong.
+    """
+    try:
+        return Recipe.model_validate(value)
+    except pydantic.ValidationError as error:
+        faults = tuple(faults_of(error, Recipe, value))[:MAX_FAULTS]
+        where = f" at {faults[0].pointer}" if faults[0].pointer else ""
+        count = "One fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise ValidationError(f"{count} in the recipe, the first{where}: {faults[0].detail}", faults) from None
+
+
+def faults_of(error: pydantic.ValidationError, model: type[BaseModel], value: object) -> Iterator[Fault]:
+    """The faults in a pydantic error about ``value``, which was to be a ``model``."""
+    for details in error.errors(include_url=False):
+        yield from _faults(details, model, value)
+
+
+def _faults(details: ErrorDetails, model: type[BaseModel], value: object) -> Iterator[Fault]:
+    path = _path(model, details["loc"])
+    inner = details.get("ctx", {}).get("error")
+    if isinstance(inner, pydantic.ValidationError):  # a treatment's own parameters are checked by its own row
+        treatment = TREATMENTS[_at(value, (*path, "use"))]
+        for fault in faults_of(inner, treatment, _at(value, (*path, "parameters"))):
+            yield Fault(pointer_to((*path, "parameters")) + fault.pointer, fault.code, fault.detail)
+        return
+    if details["type"] == "extra_forbidden":
+        detail = _unknown(str(path[-1]), _fields(model, details["loc"][:-1]))
+    else:
+        detail = details["msg"].removeprefix("Value error, ")
+    yield Fault(pointer_to(path), details["type"], detail)
+
+
+def pointer_to(path: Iterable[Step]) -> str:
+    """A path as an RFC 6901 JSON pointer."""
+    return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in path)
+
+
+def _path(model: type[BaseModel], loc: tuple[Step, ...]) -> tuple[Step, ...]:
+    """pydantic's location without what is not in the request: the tag of a union, the mark of a bad key."""
+    path = loc[:-1] if loc and loc[-1] == "[key]" else loc
+    if len(path) > 1 and path[0] in _tagged(model):
+        return (path[0], *path[2:])
+    return path
+
+
+def _tagged(model: type[BaseModel]) -> set[str]:
+    return {name for name, field in model.model_fields.items() if field.discriminator}
+
+
+def _at(value: Any, path: tuple[Step, ...]) -> Any:
+    for step in path:
+        value = value[step]
+    return value
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"There is no field {name!r} here; did you mean {' or '.join(map(repr, close))}?"
+    return f"There is no field {name!r} here; there are: {', '.join(known)}."
+
+
+def _fields(model: type[BaseModel], loc: tuple[Step, ...]) -> list[str]:
+    """The fields that a model has at pydantic's location."""
+    models = [model]
+    for step in loc:
+        if isinstance(step, int):
+            continue
+        below = [found for m in models if step in m.model_fields for found in _models(m.model_fields[step].annotation)]
+        models = below or [m for m in models if m.model_fields["name"].default == step]  # the tag of a union
+    return [name for m in models for name in m.model_fields]
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)

@@ -1,0 +1,241 @@
+"""Merges: submit, plan, list, look, cancel, retry, delete."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse
+
+from service.admission import admit
+from service.api import problems
+from service.api.body import Body, json_body
+from service.api.conditions import etag_of, expect_match, idempotency_key, is_unchanged, wait_seconds
+from service.api.deps import Caller, Doors, House
+from service.api.faults import read_recipe
+from service.api.views import JobList, JobView, PlanView, job_json, next_link, page_json
+from service.api.waiting import until_ended
+from service.api.wiping import wipe
+from service.contract.errors import InvalidCursor, NotFound, ValidationError
+from service.contract.job import Job, Status
+from service.stores.jobs import IdempotencyKey, KeptAnswer, Listing
+from service.submit import enqueue, submit
+
+router = APIRouter(prefix="/v1", tags=["merges"])
+
+LABEL = re.compile(r"metadata\[(.+)\]", re.DOTALL)
+JOB_ID = re.compile(r"mrg_[0-9a-f]{32}")
+LOOK_AGAIN_SECONDS = 2
+RECIPE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Recipe"}}},
+    }
+}
+KEY_HEADER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "description": "Requests with this key and the same body are one request",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+WAIT_HEADER = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": "wait=N: answer when the merge has ended, after N seconds (60 at most) in any case",
+    "schema": {"type": "string"},
+}
+
+
+def _moment(text: str) -> float:
+    """Seconds since the epoch, from themselves or from RFC 3339."""
+    if re.fullmatch(r"\d{1,12}(\.\d{1,9})?", text):
+        return float(text)
+    # A plus sign that was not percent-encoded arrives as a space.
+    moment = datetime.fromisoformat(text.replace(" ", "+"))
+    if moment.tzinfo is None:
+        raise ValueError("must say its offset from UTC, as in 2026-01-31T12:00:00Z")
+    return moment.timestamp()
+
+
+class ListQuery(BaseModel):
+    """Which merges to list. Newest first, unless ``order`` is asc; ``metadata[key]=value`` picks by label."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    status: Status | None = None
+    after: str | None = Field(None, description="The last_id of the page before")
+    limit: int = Field(20, ge=1, le=100)
+    order: Literal["asc", "desc"] = "desc"
+    created_after: Annotated[str, AfterValidator(lambda text: str(_moment(text)))] | None = Field(
+        None, description="RFC 3339, or seconds since the epoch"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> ListQuery:
+        unknown = [name for name in self.model_extra or {} if not LABEL.fullmatch(name)]
+        if unknown:
+            known = ", ".join([*type(self).model_fields, "metadata[key]"])
+            raise PydanticCustomError(
+                "extra_forbidden",
+                "There is no parameter {name}; there are: {known}",
+                {"name": unknown[0], "known": known},
+            )
+        return self
+
+    def listing(self, caller: str) -> Listing:
+        """The same question, in the store's words. Raises InvalidCursor."""
+        if self.after is not None and not JOB_ID.fullmatch(self.after):
+            raise InvalidCursor(f"after={self.after!r} is not the id of a merge; use the last_id of a page.")
+        labels = {LABEL.sub(r"\1", name): text for name, text in (self.model_extra or {}).items()}
+        return Listing(
+            caller=caller,
+            limit=self.limit,
+            after=self.after,
+            ascending=self.order == "asc",
+            status=self.status,
+            created_after=None if self.created_after is None else float(self.created_after),
+            metadata=labels,
+        )
+
+
+class DeleteQuery(BaseModel):
+    """What to delete beside the job itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    artifacts: bool = Field(False, description="Also remove every file that the merge wrote")
+
+
+def known_id(job_id: str) -> str:
+    """An id that a job may have. Raises NotFound: anything else names none."""
+    if not JOB_ID.fullmatch(job_id):
+        raise NotFound(f"There is no merge {job_id!r}.")
+    return job_id
+
+
+JobId = Annotated[str, Depends(known_id)]
+JsonBody = Annotated[Body, Depends(json_body)]
+
+
+@router.post(
+    "/merges",
+    status_code=202,
+    responses={202: {"model": JobView}},
+    openapi_extra={**RECIPE_BODY, "parameters": [KEY_HEADER, WAIT_HEADER]},
+)
+async def create_merge(request: Request, body: JsonBody, doors: Doors, caller: Caller) -> Response:
+    """Submit a merge. It is checked at once against its checkpoints' headers, stored, and worked on later."""
+    key = idempotency_key(request, caller, body.sha256)
+    taken = await run_in_threadpool(_take_in, request, body, doors, caller, key)
+    if isinstance(taken, KeptAnswer):
+        return _replayed(taken)
+    return await _answer_waited(request, taken, doors, caller, status=202)
+
+
+@router.post("/merges:plan", responses={200: {"model": PlanView}}, openapi_extra=RECIPE_BODY)
+def plan_merge(body: JsonBody, doors: Doors) -> Response:
+    """See what a merge would do, and what speaks against it. Nothing is stored."""
+    plan = admit(read_recipe(body.value), doors.objects)
+    return JSONResponse({"object": "plan", **plan.summary()})
+
+
+@router.get("/merges", responses={200: {"model": JobList}})
+def list_merges(request: Request, query: Annotated[ListQuery, Query()], doors: Doors, caller: Caller) -> Response:
+    """List merges, page by page: `after` takes the `last_id` of the page before."""
+    jobs, has_more = doors.jobs.page(query.listing(caller))
+    page = page_json([job_json(job, doors.base_url) for job in jobs], "id", has_more)
+    return JSONResponse(page, headers=next_link(request, doors.base_url, page))
+
+
+@router.get("/merges/{job_id}", responses={200: {"model": JobView}}, openapi_extra={"parameters": [WAIT_HEADER]})
+async def get_merge(request: Request, job_id: JobId, doors: Doors, caller: Caller) -> Response:
+    """Look at a merge. With `Prefer: wait=N` the answer comes when it has ended, or after N seconds."""
+    job = await run_in_threadpool(doors.jobs.get, caller, job_id)
+    return await _answer_waited(request, job, doors, caller, status=200)
+
+
+@router.post(
+    "/merges/{job_id}/cancel",
+    status_code=202,
+    responses={202: {"model": JobView}, 200: {"model": JobView, "description": "It had ended before; unchanged"}},
+)
+def cancel_merge(request: Request, job_id: JobId, doors: Doors, caller: Caller) -> Response:
+    """End a merge. One that has ended stays as it is; one that is just then publishing its result may still finish."""
+    job, was_active = doors.jobs.cancel(caller, job_id, lambda job: expect_match(request, job))
+    return _answer(job, doors, 202 if was_active else 200)
+
+
+@router.post("/merges/{job_id}/retry", status_code=202, responses={202: {"model": JobView}})
+def retry_merge(job_id: JobId, doors: Doors, caller: Caller) -> Response:
+    """Let a failed or cancelled merge go on from the parts that are done."""
+    job, messages = doors.jobs.retry(caller, job_id)
+    enqueue(messages, doors.rooms)
+    return _answer(job, doors, 202)
+
+
+@router.delete("/merges/{job_id}", status_code=204)
+def delete_merge(
+    request: Request, job_id: JobId, query: Annotated[DeleteQuery, Query()], doors: Doors, caller: Caller
+) -> Response:
+    """Forget a merge that has ended, and with `artifacts=true` remove what it wrote."""
+    if query.artifacts:
+        job = doors.jobs.get(caller, job_id)
+        expect_match(request, job)
+        wipe(job, doors)
+    doors.jobs.delete(caller, job_id, lambda job: expect_match(request, job))
+    return Response(status_code=204)
+
+
+def _take_in(request: Request, body: Body, doors: House, caller: str, key: IdempotencyKey | None) -> Job | KeptAnswer:
+    with doors.in_flight.hold(key):
+        kept = doors.jobs.replay(key) if key else None
+        if kept is not None:
+            return kept
+        try:
+            recipe = read_recipe(body.value)
+        except ValidationError as refusal:  # the one refusal that depends on nothing but the body
+            if key:
+                doors.jobs.keep(key, KeptAnswer(refusal.status, problems.problem(request, refusal)))
+            raise
+        return submit(recipe, caller, key, doors.rooms, lambda job: KeptAnswer(202, job_json(job, doors.base_url)))
+
+
+def _replayed(kept: KeptAnswer) -> Response:
+    headers = {"Idempotent-Replayed": "true"}
+    if kept.status >= 400:
+        return problems.answer(kept.body, headers)
+    return JSONResponse(kept.body, kept.status, {**headers, "Location": kept.body["links"]["self"]})
+
+
+async def _answer_waited(request: Request, job: Job, doors: House, caller: str, *, status: int) -> Response:
+    seconds = wait_seconds(request)
+    if seconds is None:
+        return _conditional(request, job, doors, status)
+    ended = await until_ended(lambda: doors.jobs.get(caller, job.id), seconds, request, doors.closing)
+    answer = _conditional(request, ended, doors, status)
+    answer.headers["Preference-Applied"] = f"wait={seconds}"
+    return answer
+
+
+def _conditional(request: Request, job: Job, doors: House, status: int) -> Response:
+    if status == 200 and is_unchanged(request, etag_of(job)):
+        return Response(status_code=304, headers=_headers(job))
+    return _answer(job, doors, status)
+
+
+def _answer(job: Job, doors: House, status: int) -> Response:
+    document = job_json(job, doors.base_url)
+    location = {"Location": document["links"]["self"]} if status == 202 else {}
+    return JSONResponse(document, status, {**_headers(job), **location})
+
+
+def _headers(job: Job) -> dict[str, Any]:
+    headers = {"ETag": etag_of(job), "Cache-Control": "no-cache"}
+    return headers if job.status.is_terminal else {**headers, "Retry-After": str(LOOK_AGAIN_SECONDS)}

@@ -1,0 +1,119 @@
+"""Makes the plan: from a recipe, headers, and what each parameter is, to what happens to every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from math import prod
+
+from service.contract import artifacts
+from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, CheckpointFile, TensorInfo, group_shards
+from service.contract.fit import Fit
+from service.contract.plan import HeadPlan, Pinned, Plan, ShardPlan, TensorPlan
+from service.contract.recipe import Recipe
+from service.contract.roles import Parameter
+from service.contract.treatments import Keep, Role, Treatment
+
+COMPUTE_BYTES = 4  # float32
+READ_AHEAD_BYTES = 128 << 20
+
+ParameterOf = Callable[[TensorInfo], Parameter]
+
+
+def make_plan(
+    recipe: Recipe,
+    prefix: str,
+    base: Checkpoint,
+    tasks: Sequence[Checkpoint],
+    found: Fit,
+    parameter_of: ParameterOf,
+    warnings: Sequence[str] = (),
+    samples: Mapping[str, CheckpointFile] | None = None,
+) -> Plan:
+    """The plan of a recipe whose checkpoints fit each other. Deterministic: the same inputs give the same plan.
+
+    ``samples`` are the recipe's other inputs by what they are: ``exemplars:<task>``, ``labeled:<task>`` and so on.
+    """
+    parameters = {name: parameter_of(info) for name, info in base.tensors.items()}
+    merged = frozenset(found.merged)
+    tensors = [_tensor(recipe, info, parameters[name], name in merged) for name, info in base.tensors.items()]
+    shards = _shards(recipe, tensors)
+    heads = tuple(_head(name, task, found.heads[name]) for name, task in _named(recipe, tasks).items())
+    pinned = {"base": _pinned(base), **{f"task:{name}": _pinned(task) for name, task in _named(recipe, tasks).items()}}
+    pinned |= {name: (pin(file),) for name, file in (samples or {}).items()}
+    return Plan(
+        prefix=prefix,
+        shards=shards,
+        heads=tuple(head for head in heads if head.tensors),
+        side_files=tuple(pin(file) for file in base.side_files),
+        inputs=pinned,
+        tied={name: parameter.tied_to for name, parameter in parameters.items() if parameter.tied_to},
+        bytes_in=sum(shard.bytes_in for shard in shards) + sum(head.bytes for head in heads),
+        bytes_out=sum(shard.bytes_out for shard in shards) + sum(head.bytes for head in heads),
+        peak_memory_bytes=_peak_memory(tensors, len(tasks)),
+        warnings=(*found.warnings, *warnings),
+    )
+
+
+def pin(file: CheckpointFile) -> Pinned:
+    """A file as it is now, to be told from what it may become."""
+    return Pinned(address=file.address, size=file.size, etag=file.etag, version_id=file.version_id)
+
+
+def _named(recipe: Recipe, tasks: Sequence[Checkpoint]) -> dict[str, Checkpoint]:
+    return dict(zip([task.name for task in recipe.tasks], tasks, strict=True))
+
+
+def _pinned(checkpoint: Checkpoint) -> tuple[Pinned, ...]:
+    return tuple(pin(file) for file in checkpoint.files)
+
+
+def _tensor(recipe: Recipe, info: TensorInfo, parameter: Parameter, is_merged: bool) -> TensorPlan:
+    return TensorPlan(
+        name=info.name,
+        dtype=info.dtype if recipe.output.dtype == "base" or not is_merged else recipe.output.dtype,
+        base_dtype=info.dtype,
+        shape=info.shape,
+        role=parameter.role,
+        guessed=parameter.guessed,
+        transposed=parameter.transposed,
+        source="merged" if is_merged else "base",
+        treatment=_treatment(recipe, info.name, parameter.role) if is_merged else Keep(),
+    )
+
+
+def _treatment(recipe: Recipe, name: str, role: Role) -> Treatment:
+    """The first override whose pattern matches, else what the method gives the role."""
+    if not recipe.method.trims:
+        return Keep()
+    override = next((row for row in recipe.treatments if fnmatchcase(name, row.match)), None)
+    return recipe.method.treatment(role) if override is None else override.treatment()
+
+
+def _shards(recipe: Recipe, tensors: Sequence[TensorPlan]) -> tuple[ShardPlan, ...]:
+    groups = group_shards(tensors, recipe.output.shard_bytes)
+    return tuple(
+        ShardPlan(
+            file=artifacts.shard(index, len(groups)),
+            # Wider types first, so that readers can view every tensor in place.
+            tensors=tuple(sorted(group, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])),
+            bytes_in=sum(_bytes_in(tensor, len(recipe.tasks)) for tensor in group),
+            bytes_out=sum(tensor.nbytes for tensor in group),
+        )
+        for index, group in enumerate(groups)
+    )
+
+
+def _bytes_in(tensor: TensorPlan, tasks: int) -> int:
+    return tensor.nbytes_in * (tasks + 1 if tensor.source == "merged" else 1)
+
+
+def _head(task: str, checkpoint: Checkpoint, names: Sequence[str]) -> HeadPlan:
+    size = sum(checkpoint.tensors[name].nbytes for name in names)
+    return HeadPlan(task=task, tensors=tuple(names), bytes=size)
+
+
+def _peak_memory(tensors: Sequence[TensorPlan], tasks: int) -> int:
+    """Task vectors before and after trimming, the sum and the base of the largest tensor, and what is read ahead."""
+    largest = max((prod(tensor.shape) for tensor in tensors), default=0)
+    return largest * COMPUTE_BYTES * (2 * tasks + 2) + READ_AHEAD_BYTES

@@ -1,0 +1,366 @@
+"""Objects on a server that speaks S3, through boto3; its transfer manager is never used, so no CRT client either."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+)
+from botocore.response import StreamingBody
+from pydantic import SecretStr
+
+from service.contract.settings import Connections
+from service.stores.base import (
+    AccessDenied,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectMissing,
+    StoreDown,
+    StoreError,
+    parse_address,
+)
+
+if TYPE_CHECKING:
+    from types_boto3_s3 import S3Client
+    from types_boto3_s3.type_defs import GetObjectOutputTypeDef
+
+log = logging.getLogger(__name__)
+
+FIRST_PART_BYTES = 16 << 20
+PARTS_PER_SIZE = 1000  # then parts double; 10,000 of them, S3's limit, hold more than its largest object, 5 TiB
+LARGEST_DOUBLING = 6
+UPLOADS_AT_ONCE = 3  # per writer: it holds up to one part more than this in memory
+CHUNK_BYTES = 1 << 20  # read from the socket at once; stays in the cache between the two copies
+PAUSES_SECONDS = (0.2, 0.8, 3.2)  # boto3 retries until an answer begins; one that breaks off is ours to ask for again
+CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+MISSING = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound", "InvalidBucketName"})
+CHANGED = frozenset({"412", "PreconditionFailed", "416", "InvalidRange"})
+
+
+class BrokenOff(StoreDown):
+    """An answer ended before its announced length."""
+
+
+class S3Store:
+    """Objects in buckets.
+
+    Args:
+        client: talks to the server.
+        public: makes the links; its host is part of their signature, so it is the one that clients will use.
+    """
+
+    def __init__(self, client: S3Client, public: S3Client) -> None:
+        self._client = client
+        self._public = public
+
+    @classmethod
+    def connect(cls, connections: Connections) -> Self:
+        """A store on the server that the settings name. Nothing is sent yet."""
+        client = _client(connections, connections.s3_endpoint)
+        public = connections.s3_public_endpoint
+        return cls(client, client if public is None else _client(connections, public))
+
+    def head(self, address: str) -> ObjectInfo:
+        bucket, key = _bucket_and_key(address)
+        with _errors(address):
+            answer = self._client.head_object(Bucket=bucket, Key=key)
+        return ObjectInfo(
+            address,
+            answer["ContentLength"],
+            _bare(answer["ETag"]),
+            answer.get("VersionId"),
+            answer["LastModified"].timestamp(),
+        )
+
+    def read(self, address: str, start: int, into: memoryview, *, etag: str | None = None) -> None:
+        into = into.cast("B")
+        if not into:
+            return
+        for pause in PAUSES_SECONDS:
+            try:
+                self._read_once(address, start, into, etag)
+                return
+            except BrokenOff as error:
+                log.warning("reading again: %s", error)
+                time.sleep(pause)
+        self._read_once(address, start, into, etag)
+
+    def _read_once(self, address: str, start: int, into: memoryview, etag: str | None) -> None:
+        bucket, key = _bucket_and_key(address)
+        span = f"bytes={start}-{start + len(into) - 1}"
+        condition: dict[str, Any] = {} if etag is None else {"IfMatch": f'"{etag}"'}
+        with _errors(address):
+            answer = self._client.get_object(Bucket=bucket, Key=key, Range=span, **condition)
+        with closing(answer["Body"]) as body:
+            if etag is not None and _bare(answer["ETag"]) != etag:  # some servers ignore If-Match
+                raise ObjectChanged(f"{address} has changed: its ETag is {answer['ETag']}, expected {etag}")
+            before = _bytes_before(answer, address, start, len(into))
+            try:
+                _skip(body, before)
+                _fill(body, into)
+            except BotoCoreError as error:
+                raise BrokenOff(f"{address}: the answer broke off: {error}") from error
+
+    def write(self, address: str, *, media_type: str = "application/octet-stream") -> S3Writer:
+        return S3Writer(self, self._client, address, media_type)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        parsed = parse_address(prefix)
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=parsed.bucket, Prefix=parsed.key)
+        with _errors(prefix):
+            for page in pages:
+                for row in page.get("Contents", ()):
+                    if row["Key"].endswith("/") and row["Size"] == 0:
+                        continue  # consoles make such objects to show an empty folder
+                    address = f"s3://{parsed.bucket}/{row['Key']}"
+                    yield ObjectInfo(address, row["Size"], _bare(row["ETag"]), None, row["LastModified"].timestamp())
+
+    def delete(self, address: str) -> None:
+        bucket, key = _bucket_and_key(address)
+        try:
+            with _errors(address):
+                self._client.delete_object(Bucket=bucket, Key=key)
+        except ObjectMissing:
+            return
+
+    def link(self, address: str, *, seconds: int, filename: str) -> str | None:
+        bucket, key = _bucket_and_key(address)
+        with _errors(address):
+            return self._public.generate_presigned_url(
+                "get_object",
+                Params={"Bucket": bucket, "Key": key, "ResponseContentDisposition": attachment(filename)},
+                ExpiresIn=seconds,
+            )
+
+
+class S3Writer:
+    """An object being written: small ones in one request, larger ones in parts, which nobody sees before the commit.
+
+    A process that is killed leaves its parts behind; a lifecycle rule of the bucket (AbortIncompleteMultipartUpload)
+    removes them.
+    """
+
+    def __init__(self, store: S3Store, client: S3Client, address: str, media_type: str) -> None:
+        self._store = store
+        self._client = client
+        self._address = address
+        self._bucket, self._key = _bucket_and_key(address)
+        self._media_type = media_type
+        self._buffer = bytearray()
+        self._size = 0
+        self._upload: str | None = None
+        self._etags: list[Future[str]] = []
+        self._senders = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="s3-upload")  # no thread until used
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        view = memoryview(data).cast("B")
+        self._size += len(view)
+        while view:
+            room = part_bytes(len(self._etags)) - len(self._buffer)
+            self._buffer += view[:room]
+            view = view[room:]
+            if len(self._buffer) == part_bytes(len(self._etags)):
+                self._send_part()
+
+    def commit(self) -> ObjectInfo:
+        with _errors(self._address):
+            if self._upload is None:
+                self._put()
+            else:
+                self._complete(self._upload)
+        self._ended = True
+        self._senders.shutdown()
+        return self._checked()
+
+    def abort(self) -> None:
+        """Drop what was written; after a commit this does nothing."""
+        if self._ended:
+            return
+        self._ended = True
+        self._senders.shutdown(cancel_futures=True)  # waits for parts underway: they would outlive the abort
+        if self._upload is None:
+            return
+        try:
+            with _errors(self._address):
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._upload)
+        except StoreError as error:  # the reason for the abort matters more to whoever is watching
+            log.warning("parts of %s stay behind until the bucket's lifecycle rule: %s", self._address, error)
+
+    def _put(self) -> None:
+        self._client.put_object(Bucket=self._bucket, Key=self._key, Body=self._buffer, ContentType=self._media_type)
+
+    def _send_part(self) -> None:
+        with _errors(self._address):
+            upload = self._upload or self._begin()
+            if len(self._etags) >= UPLOADS_AT_ONCE:
+                self._etags[-UPLOADS_AT_ONCE].result()
+            self._etags.append(self._senders.submit(self._upload_part, upload, len(self._etags) + 1, self._buffer))
+            self._buffer = bytearray()
+
+    def _begin(self) -> str:
+        answer = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key, ContentType=self._media_type)
+        self._upload = answer["UploadId"]
+        return self._upload
+
+    def _upload_part(self, upload: str, number: int, part: bytearray) -> str:
+        answer = self._client.upload_part(
+            Bucket=self._bucket, Key=self._key, UploadId=upload, PartNumber=number, Body=part
+        )
+        return answer["ETag"]
+
+    def _complete(self, upload: str) -> None:
+        if self._buffer:
+            self._send_part()
+        parts = [{"PartNumber": number, "ETag": etag.result()} for number, etag in enumerate(self._etags, 1)]
+        self._client.complete_multipart_upload(
+            Bucket=self._bucket,
+            Key=self._key,
+            UploadId=upload,
+            MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
+        )
+
+    def _checked(self) -> ObjectInfo:
+        """What the store holds now: its ETag for later reads, and a size that must be what was written."""
+        info = self._store.head(self._address)
+        if info.size != self._size:
+            raise StoreDown(f"{self._address} has {info.size} bytes after {self._size} were written")
+        return info
+
+
+def part_bytes(parts_before: int) -> int:
+    """Size of the next part of an upload, in bytes: 16 MiB for the first thousand, then twice that, and so on."""
+    return FIRST_PART_BYTES << min(parts_before // PARTS_PER_SIZE, LARGEST_DOUBLING)
+
+
+def attachment(filename: str) -> str:
+    """A Content-Disposition that saves under ``filename``, in RFC 6266's two spellings."""
+    plain = re.sub(r"[^A-Za-z0-9._ -]", "_", filename)
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"
+
+
+def _client(connections: Connections, endpoint: str | None) -> S3Client:
+    session = boto3.session.Session()  # a client of its own session: the module's is not for several threads
+    return session.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name=connections.s3_region or session.region_name or "us-east-1",
+        aws_access_key_id=_clear(connections.s3_access_key),
+        aws_secret_access_key=_clear(connections.s3_secret_key),
+        config=Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "auto" if endpoint is None else "path"},
+            # Outside AWS many servers do not know the newer checksums, or send the whole object's with a range.
+            request_checksum_calculation="when_supported" if endpoint is None else "when_required",
+            response_checksum_validation="when_required",
+            retries={"mode": "standard", "total_max_attempts": 4},
+            max_pool_connections=64,
+            tcp_keepalive=True,
+            connect_timeout=10,
+            read_timeout=60,
+        ),
+    )
+
+
+def _clear(secret: SecretStr | None) -> str | None:
+    return None if secret is None else secret.get_secret_value()
+
+
+def _bucket_and_key(address: str) -> tuple[str, str]:
+    parsed = parse_address(address)
+    if not parsed.key or parsed.key.endswith("/"):
+        raise AccessDenied(f"{address!r} names a folder, not an object")
+    return parsed.bucket, parsed.key
+
+
+def _bare(etag: str) -> str:
+    return etag.strip('"')
+
+
+def _bytes_before(answer: GetObjectOutputTypeDef, address: str, start: int, length: int) -> int:
+    """How many bytes of the body come before the ones asked for; some servers answer a range with everything.
+
+    The status alone says nothing: rclone answers 200 with a range and its Content-Range.
+    """
+    size = answer["ContentLength"]
+    if "ContentRange" not in answer and answer["ResponseMetadata"]["HTTPStatusCode"] == 200:
+        if size < start + length:
+            raise ObjectChanged(f"{address} ends at byte {size}, before byte {start + length}")
+        return start
+    found = CONTENT_RANGE.fullmatch(answer.get("ContentRange", ""))
+    if found is None or int(found[1]) != start:
+        raise StoreDown(f"{address}: the server answers {answer.get('ContentRange')!r} to bytes from {start}")
+    if int(found[2]) - start + 1 < length:
+        raise ObjectChanged(f"{address} ends at byte {int(found[2]) + 1}, before byte {start + length}")
+    if size != length:
+        raise StoreDown(f"{address}: the server sends {size} bytes where {length} were asked for")
+    return 0
+
+
+def _skip(body: StreamingBody, count: int) -> None:
+    scratch = memoryview(bytearray(min(count, CHUNK_BYTES)))
+    while count:
+        _fill(body, scratch[:count])
+        count -= len(scratch[:count])
+
+
+def _fill(body: StreamingBody, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        count = body.readinto(into[done : done + CHUNK_BYTES])
+        if count == 0:
+            raise IncompleteReadError(actual_bytes=done, expected_bytes=len(into))
+        done += count
+
+
+@contextmanager
+def _errors(address: str) -> Iterator[None]:
+    """boto3's errors as ours."""
+    try:
+        yield
+    except ClientError as error:
+        raise _translated(error, address) from error
+    except ParamValidationError as error:
+        raise ObjectMissing(f"{address} can't exist: {error}") from error
+    except NoCredentialsError as error:
+        raise AccessDenied(f"{address}: no keys; set CATMERGE_S3_ACCESS_KEY and CATMERGE_S3_SECRET_KEY") from error
+    except BotoCoreError as error:
+        raise StoreDown(f"{address}: the store does not answer: {error}") from error
+
+
+def _translated(error: ClientError, address: str) -> StoreError:
+    code = error.response["Error"].get("Code", "")
+    status = error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
+    said = error.response["Error"].get("Message") or code
+    if code in MISSING:
+        return ObjectMissing(f"{address} does not exist ({code})")
+    if code in CHANGED:
+        return ObjectChanged(f"{address} has changed ({code}: {said})")
+    if status in (401, 403):
+        return AccessDenied(f"{address}: the store says no ({code}: {said})")
+    if status in (301, 307):
+        return AccessDenied(f"{address}: the bucket is in another region; set CATMERGE_S3_REGION ({said})")
+    return StoreDown(f"{address}: the store failed ({code}: {said})")

@@ -1,0 +1,59 @@
+"""Starts a worker: ``python -m workers``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from service.contract.settings import Connections, SettingsError
+from service.contract.stages import Queue
+from workers.settings import WorkerSettings
+
+# Threads that spin while they wait made an eigenproblem 70 times slower beside one busy process; and glibc that returns
+# every large block to the system pays for each page again. The children are new interpreters and start with these.
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "HF_HUB_OFFLINE": "1",  # a worker loads what it is given, and nothing from a hub
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT, then stop at the next tensor."""
+    try:
+        Connections.from_environment(os.environ)
+        settings = WorkerSettings.from_environment(os.environ)
+    except SettingsError as error:
+        print(f"catmerge worker: {error}", file=sys.stderr)
+        return 2
+    for name, value in {**ENVIRONMENT, "OMP_NUM_THREADS": str(settings.threads)}.items():
+        os.environ.setdefault(name, value)
+    with tempfile.TemporaryDirectory(prefix="catmerge-worker-") as folder:
+        os.environ["CATMERGE_STOP_FILE"] = str(Path(folder) / "stop")
+        _run(Path(os.environ["CATMERGE_STOP_FILE"]))
+    return 0
+
+
+def _run(stop_file: Path) -> None:
+    from celery.signals import worker_shutting_down
+
+    from workers.app import app
+
+    def leave(**_: Any) -> None:
+        stop_file.touch()
+
+    worker_shutting_down.connect(leave)
+    queues = ",".join(queue.value for queue in Queue)
+    app.worker_main(
+        ["worker", "--pool=prefork", "--loglevel=INFO", "-Q", queues, "--without-gossip", "--without-mingle"]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+"""Makes torch fit the machine: threads, device, and arithmetic that does not depend on luck."""
+
+from __future__ import annotations
+
+import torch
+
+from service.contract.settings import SettingsError
+from workers.settings import WorkerSettings
+
+
+def prepare(settings: WorkerSettings) -> str:
+    """Set this process's threads and return the device to compute on. Raises SettingsError."""
+    torch.set_num_threads(settings.threads)
+    torch.backends.cuda.matmul.allow_tf32 = False  # merging subtracts nearly equal numbers
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"CATMERGE_DEVICE is {settings.device!r}, which torch can't use here: {error}") from None
+    return device

@@ -1,0 +1,176 @@
+"""Merges one tensor: task vectors, trim, combine, add to the base, round once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.contract.errors import BadInput, BadTensor
+from service.contract.methods import Cat
+from service.contract.plan import TensorPlan
+from service.contract.recipe import Recipe
+from service.contract.treatments import Keep, Projection, ScaleMask, ShiftMask
+from service.contract.treatments import Statistic as Kind
+from workers.layout import as_matrix, from_matrix
+from workers.methods import merge
+from workers.proxies import proxy_squares, proxy_statistic
+from workers.statistics import Statistic
+from workers.tensors import DTYPES
+from workers.treatments import Effect, Removed, Trimmed, trim
+
+
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """A merged tensor, the rows it adds to the trim log, and what was removed, by the name it is stored under."""
+
+    tensor: Tensor
+    rows: list[dict[str, Any]]
+    removed: dict[str, Tensor]
+
+
+def merge_tensor(
+    plan: TensorPlan,
+    recipe: Recipe,
+    base: Tensor,
+    experts: Sequence[Tensor],
+    statistics: Sequence[Statistic | None],
+    device: str,
+) -> Merged:
+    """W0 + the method's update of the trimmed task vectors, in float32 (float64 where the base is), rounded once.
+
+    ``experts`` and ``statistics`` come in the recipe's order of tasks.
+
+    Raises:
+        BadTensor: a checkpoint holds NaN or infinity here, or the result overflows its type.
+    """
+    compute = torch.promote_types(base.dtype, torch.float32)
+    start = base.to(device, compute)
+    vectors = [expert.to(device, compute) - start for expert in experts]
+    _refuse_non_finite(plan, recipe, start, vectors)
+    trimmed, treatment, reason = _trim(plan, recipe, vectors, statistics)
+    update = merge(trimmed.task_vectors, [task.weight for task in recipe.tasks], recipe.method)
+    tensor = (start + update).to(DTYPES[plan.dtype])
+    if not torch.isfinite(tensor).all():
+        raise BadTensor(
+            f"the merged {plan.name!r} does not fit into {plan.dtype}: it overflows. Lower method.scaling, or choose "
+            "a wider output.dtype",
+            tensor=plan.name,
+        )
+    rows = _rows(plan, recipe, vectors, trimmed, treatment, reason) if recipe.method.trims else []
+    return Merged(tensor.cpu(), rows, _removed(plan, recipe, trimmed.removed))
+
+
+def _refuse_non_finite(plan: TensorPlan, recipe: Recipe, start: Tensor, vectors: Sequence[Tensor]) -> None:
+    if not torch.isfinite(start).all():
+        raise BadTensor(f"the base holds NaN or infinity in {plan.name!r}; merge finite checkpoints", tensor=plan.name)
+    for task, vector in zip(recipe.tasks, vectors, strict=True):
+        if not torch.isfinite(vector).all():
+            raise BadTensor(
+                f"task {task.name!r} holds NaN or infinity in {plan.name!r} ({task.checkpoint}); merge finite "
+                "checkpoints",
+                tensor=plan.name,
+            )
+
+
+def _trim(
+    plan: TensorPlan, recipe: Recipe, vectors: list[Tensor], statistics: Sequence[Statistic | None]
+) -> tuple[Trimmed, str, str | None]:
+    """Trimmed task vectors in the tensor's own shape, the treatment they got, and why it is another than planned."""
+    untouched = Trimmed(vectors, [], [Effect() for _ in vectors])
+    if isinstance(plan.treatment, Keep):
+        return untouched, "keep", None
+    is_matrix = isinstance(plan.treatment, Projection)
+    shaped = [as_matrix(vector, plan.role, plan.transposed) if is_matrix else vector.flatten() for vector in vectors]
+    known = _known(plan, recipe, shaped, statistics)
+    missing = [task.name for task, statistic in zip(recipe.tasks, known, strict=True) if _is_empty(statistic)]
+    if missing and type(plan.treatment).statistic is not Kind.NONE:
+        return untouched, "keep", f"no statistics in {', '.join(missing)}"
+    _refuse_misfits(plan, recipe, shaped[0].shape[-1], known)
+    trimmed = trim(shaped, known, plan.treatment)
+    back = [
+        from_matrix(vector, plan.shape, plan.role, plan.transposed) if is_matrix else vector.reshape(plan.shape)
+        for vector in trimmed.task_vectors
+    ]
+    return Trimmed(back, trimmed.removed, trimmed.effects), plan.treatment.name, None
+
+
+def _known(
+    plan: TensorPlan, recipe: Recipe, shaped: Sequence[Tensor], statistics: Sequence[Statistic | None]
+) -> list[Statistic | None]:
+    """The statistics that the treatment needs: the tasks' own, or proxies where no task brings any."""
+    method = recipe.method
+    if recipe.has_features or not isinstance(method, Cat):
+        return list(statistics)
+    if isinstance(plan.treatment, Projection):
+        return [proxy_statistic(vector, method.proxy, method.proxy_rank) for vector in shaped]
+    if isinstance(plan.treatment, ScaleMask):
+        return [proxy_squares(vector) for vector in shaped]
+    return list(statistics)
+
+
+def _is_empty(statistic: Statistic | None) -> bool:
+    return statistic is None or statistic.rows == 0
+
+
+def _refuse_misfits(plan: TensorPlan, recipe: Recipe, width: int, known: Sequence[Statistic | None]) -> None:
+    for task, statistic in zip(recipe.tasks, known, strict=True):
+        if statistic is not None and not isinstance(plan.treatment, ShiftMask) and statistic.width != width:
+            raise BadInput(
+                f"task {task.name!r}: the statistics of {plan.name!r} are {statistic.width} wide, but its inputs are "
+                f"{width} wide",
+                tensor=plan.name,
+            )
+        if statistic is not None and isinstance(plan.treatment, ScaleMask) and statistic.diagonal is None:
+            raise BadInput(
+                f"task {task.name!r}: the statistics of the scale {plan.name!r} must be a diagonal", tensor=plan.name
+            )
+
+
+def _removed(plan: TensorPlan, recipe: Recipe, removed: Sequence[Removed]) -> dict[str, Tensor]:
+    """What was removed on each task's behalf: ``<parameter>.basis.<task>`` [out, c] or ``.mask.<task>`` [c]."""
+    found = {}
+    for task, part in zip(recipe.tasks, removed, strict=False):
+        if part.count and part.basis is not None:
+            found[f"{plan.name}.basis.{task.name}"] = part.basis.cpu().contiguous()
+        elif part.count and part.mask is not None:
+            found[f"{plan.name}.mask.{task.name}"] = part.mask.cpu()
+    return found
+
+
+def _rows(
+    plan: TensorPlan,
+    recipe: Recipe,
+    before: Sequence[Tensor],
+    trimmed: Trimmed,
+    treatment: str,
+    reason: str | None,
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "parameter": plan.name,
+            "task": task.name,
+            "role": plan.role.value,
+            "treatment": treatment,
+            "shape": list(plan.shape),
+            "reason": reason,
+            "removed": trimmed.removed[k].count if trimmed.removed else 0,
+            "scores": [float(score) for score in trimmed.removed[k].scores] if trimmed.removed else [],
+            "energy": float(before[k].double().square().sum()),
+            **_effect(trimmed.effects[k]),
+        }
+        for k, task in enumerate(recipe.tasks)
+    ]
+
+
+def _effect(effect: Effect) -> Mapping[str, float | None]:
+    return {
+        "energy_removed": effect.energy_removed,
+        "conflict_before": effect.conflict_before,
+        "conflict_after": effect.conflict_after,
+        "own_response_lost": effect.own_response_lost,
+        "large_share": effect.large_share,
+    }

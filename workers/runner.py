@@ -1,0 +1,116 @@
+"""Does one part of one job: claim it, keep its lease, run its stage, and move the job on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+
+from service.contract.errors import Failure, Stopped, WorkerError
+from service.contract.parts import Claim, Done
+from service.contract.settings import Connections
+from service.contract.stages import PartMessage, Stage
+from service.stores.database import Database
+from service.stores.objects import open_objects
+from service.stores.parts import PartStore
+from workers.cleanup import remove_outputs
+from workers.watch import Heartbeat, Watch
+from workers.work import Work
+
+logger = logging.getLogger(__name__)
+
+Ring = Callable[[Sequence[PartMessage]], None]
+StageRun = Callable[[Work], Done]
+
+
+class Runner:
+    """A worker process's hands. ``leaving`` says whether the process is asked to stop."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        stages: Mapping[Stage, StageRun],
+        ring: Ring,
+        leaving: Callable[[], bool],
+        device: str,
+    ) -> None:
+        self._connections = connections
+        self._stages = stages
+        self._ring = ring
+        self._leaving = leaving
+        self._device = device
+        self._objects = open_objects(connections)
+        self._parts = PartStore(
+            Database(connections.database_url),
+            lease_seconds=connections.lease_seconds,
+            part_attempts=connections.part_attempts,
+        )
+        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+
+    def run(self, message: PartMessage) -> None:
+        """Do the part that a message points at, unless it is done, claimed or withdrawn."""
+        if self._leaving():
+            return  # unclaimed, it is sent again to whoever stays
+        claim = self._parts.claim(message, self._owner)
+        if claim is None:
+            logger.info("Nothing to do for %s", message)
+            return
+        watch = Watch(lambda: self._parts.commit_point(claim))
+        with self._heartbeat(claim, watch):
+            done = self._attempt(claim, watch)
+        if done is not None:
+            self._move_on(claim, done, watch)
+
+    def _heartbeat(self, claim: Claim, watch: Watch) -> Heartbeat:
+        return Heartbeat(
+            watch,
+            lambda counters: self._parts.heartbeat(claim, counters),
+            self._leaving,
+            every_seconds=self._connections.heartbeat_seconds,
+            lease_seconds=self._connections.lease_seconds,
+        )
+
+    def _attempt(self, claim: Claim, watch: Watch) -> Done | None:
+        """Run the stage; None where there is nothing to record, because the part failed or is another's by now."""
+        try:
+            return self._stages[claim.stage](self._work(claim, watch))
+        except Stopped as stopped:
+            logger.info("Left %s of %s: %s", claim.name, claim.job_id, stopped)
+            released = self._parts.release(claim)
+            if released is not None:
+                self._ring([released])
+        except Failure as failure:
+            self._fail(claim, failure)
+        except Exception as error:
+            logger.exception("%s of %s failed", claim.name, claim.job_id)
+            self._fail(claim, WorkerError(f"{claim.stage} of {claim.name!r}: {type(error).__name__}: {error}"))
+        return None
+
+    def _work(self, claim: Claim, watch: Watch) -> Work:
+        return Work(
+            claim=claim,
+            objects=self._objects,
+            watch=watch,
+            workspace=self._connections.workspace,
+            device=self._device,
+            outputs=lambda stage: self._parts.outputs(claim.job_id, stage),
+            so_far=lambda: self._parts.so_far(claim.job_id),
+        )
+
+    def _fail(self, claim: Claim, failure: Failure) -> None:
+        logger.warning("%s of %s: %s: %s", claim.stage, claim.job_id, failure.code, failure)
+        has_failed = self._parts.fail(claim, failure)
+        if has_failed and not failure.retryable:
+            remove_outputs(self._objects, claim, self._connections.workspace)
+
+    def _move_on(self, claim: Claim, done: Done, watch: Watch) -> None:
+        messages = self._parts.complete(claim, done, watch.counters)
+        if messages is None:
+            logger.info("Too late with %s of %s: the part is another's by now", claim.name, claim.job_id)
+        elif messages:
+            self._ring(messages)
+
+    def mark_unsent(self, messages: Sequence[PartMessage]) -> None:
+        """Leave messages that the broker did not take to the sweeper."""
+        self._parts.mark_unsent(messages)

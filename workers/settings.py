@@ -1,0 +1,36 @@
+"""What a worker needs beyond the connections: how many processes, how many threads, and which device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from service.contract.settings import SettingsError
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """``threads`` is what each process may use; ``device`` is torch's name, or ``auto``."""
+
+    processes: int
+    threads: int
+    device: str
+    stop_file: str | None
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Self:
+        """Reads CATMERGE_WORKER_PROCESSES, CATMERGE_WORKER_THREADS, CATMERGE_DEVICE. Raises SettingsError."""
+        processes = _positive(environ, "CATMERGE_WORKER_PROCESSES", 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = _positive(environ, "CATMERGE_WORKER_THREADS", max(1, cores // processes))
+        device = environ.get("CATMERGE_DEVICE") or "auto"
+        return cls(processes, threads, device, environ.get("CATMERGE_STOP_FILE"))
+
+
+def _positive(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name) or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise SettingsError(f"{name} is {text!r}: write a whole number of at least 1")
+    return int(text)

@@ -1,0 +1,195 @@
+"""Finishes a job: gates, heads, configuration, model card, trim log and report; and last of all the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from service.contract import artifacts
+from service.contract.job import Artifact, Status
+from service.contract.parts import Done
+from service.contract.plan import HeadPlan, Pinned, Plan
+from service.contract.stages import Stage
+from service.stores.objects import failures
+from workers.cleanup import remove_scratch
+from workers.gates import judge, metrics
+from workers.report import Facts, build_report, render_card, render_html
+from workers.tensors import NAMES, TensorReader, TensorWriter, chunks, write_artifact
+from workers.version import ENGINE, library_versions
+from workers.work import Work
+
+LOG_LIMIT_BYTES = 4 << 30
+HASHERS = 4
+TYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def run(work: Work) -> Done:
+    """Write everything that goes beside the weights; when the manifest is there, the result is whole.
+
+    Raises:
+        InputChanged, StorageFailure; Stopped where the job was cancelled before the manifest.
+    """
+    plan = work.plan()
+    merged = work.outputs(Stage.MERGE)
+    files = [Artifact.model_validate(file) for output in merged for file in output["files"]]
+    files += _described(work)
+    files += _side_files(work, plan)
+    files += [_head(work, plan, head) for head in plan.heads]
+    files += _index(work, plan)
+    files.append(_trim_log(work, plan))
+    inputs = _digests(work, plan)
+    measured = metrics(work.outputs(Stage.EVALUATE))
+    verdicts = judge(work.recipe.gates, measured)
+    facts = Facts(work.recipe, plan, measured, verdicts, _trimmed(merged), work.so_far(), tuple(files))
+    report = build_report(facts)
+    files.append(_write(work, artifacts.REPORT_JSON, json.dumps(report, indent=2)))
+    files.append(_write(work, artifacts.REPORT_HTML, render_html(report)))
+    files.append(_write(work, artifacts.MODEL_CARD, render_card(report)))
+    status = Status.SUCCEEDED if all(verdict["passed"] for verdict in verdicts) else Status.REJECTED
+    manifest = _manifest(work, inputs, files)
+    work.watch.announce_commit()
+    whole = [*files, write_artifact(work.objects, plan.prefix, artifacts.MANIFEST, manifest)]
+    with failures():
+        remove_scratch(work.objects, work.workspace, work.claim.job_id)
+    return Done(status=status, result=_result(report, plan, whole))
+
+
+def _write(work: Work, name: str, text: str) -> Artifact:
+    artifact = write_artifact(work.objects, work.claim.prefix, name, text.encode())
+    work.watch.step(bytes_written=artifact.size)
+    return artifact
+
+
+def _described(work: Work) -> list[Artifact]:
+    """The recipe and the plan, which the first stage wrote: digested as they lie."""
+    return [_digested(work, work.claim.prefix, name) for name in (artifacts.RECIPE, artifacts.PLAN)]
+
+
+def _digested(work: Work, prefix: str, name: str) -> Artifact:
+    with failures():
+        data = work.objects.read_all(prefix + name, LOG_LIMIT_BYTES)
+    return Artifact(
+        name=name,
+        role=artifacts.role(name),
+        media_type=artifacts.media_type(name),
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _side_files(work: Work, plan: Plan) -> Iterator[Artifact]:
+    """Configuration and tokenizer as the base has them, but for the type where the recipe chose another."""
+    for file in plan.side_files:
+        name = file.address.rpartition("/")[2]
+        data = b"".join(bytes(piece) for piece in chunks(work.objects, file))
+        if name == artifacts.CONFIG and work.recipe.output.dtype != "base":
+            data = _retyped(data, TYPE_NAMES[work.recipe.output.dtype])
+        yield write_artifact(work.objects, plan.prefix, name, data)
+        work.watch.step(bytes_read=file.size, bytes_written=len(data))
+
+
+def _retyped(config: bytes, dtype: str) -> bytes:
+    values = json.loads(config)
+    values.pop("torch_dtype", None)
+    return json.dumps({**values, "dtype": dtype}, indent=2).encode()
+
+
+def _head(work: Work, plan: Plan, head: HeadPlan) -> Artifact:
+    """A task's own tensors, as its checkpoint has them."""
+    task = next(task for task in work.recipe.tasks if task.name == head.task)
+    with TensorReader(work.objects) as reader:
+        checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"])
+        tensors = reader.read(checkpoint, head.tensors)
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered}
+    with TensorWriter(work.objects, plan.prefix, artifacts.head(task.name), header) as writer:
+        for name, tensor in ordered:
+            writer.add(name, tensor)
+        artifact = writer.commit()
+    work.watch.step(bytes_read=head.bytes, bytes_written=artifact.size)
+    return artifact
+
+
+def _index(work: Work, plan: Plan) -> list[Artifact]:
+    """Which shard holds which tensor; a single file needs none."""
+    if len(plan.shards) == 1:
+        return []
+    weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
+    total = sum(shard.bytes_out for shard in plan.shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return [_write(work, artifacts.INDEX, json.dumps(index, indent=2))]
+
+
+def _trim_log(work: Work, plan: Plan) -> Artifact:
+    """The shards' logs, one after another."""
+    pieces = []
+    for index in range(len(plan.shards)):
+        address = artifacts.trim_log_part(work.workspace, work.claim.job_id, index)
+        with failures():
+            pieces.append(work.objects.read_all(address, LOG_LIMIT_BYTES))
+    return write_artifact(work.objects, plan.prefix, artifacts.TRIM_LOG, b"".join(pieces))
+
+
+def _trimmed(merged: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What trimming did by role, over all shards."""
+    sums: dict[str, dict[str, float]] = {}
+    for output in merged:
+        for role, found in output["trimmed"].items():
+            total = sums.setdefault(role, dict.fromkeys(found, 0.0))
+            for key, value in found.items():
+                total[key] += value
+    return {
+        role: {
+            "vectors": int(total["vectors"]),
+            "trimmed": int(total["trimmed"]),
+            "energy_removed": total["energy_removed"] / total["energy"] if total["energy"] else 0.0,
+            "conflict_before": total["conflict_before"],
+            "conflict_after": total["conflict_after"],
+        }
+        for role, total in sums.items()
+    }
+
+
+def _digests(work: Work, plan: Plan) -> list[dict[str, Any]]:
+    """Every input with its SHA-256, so that anyone can tell what this result was made from."""
+    names: dict[str, Pinned] = {f"{role}:{file.address}": file for role, pins in plan.inputs.items() for file in pins}
+
+    def digest(file: Pinned) -> str:
+        sha256 = hashlib.sha256()
+        for piece in chunks(work.objects, file):
+            sha256.update(piece)
+            work.watch.step(bytes_read=len(piece))
+        return sha256.hexdigest()
+
+    with ThreadPoolExecutor(HASHERS) as pool:
+        digests = list(pool.map(digest, names.values()))
+    return [
+        {"role": role.removesuffix(f":{file.address}"), **file.model_dump(), "sha256": sha256}
+        for (role, file), sha256 in zip(names.items(), digests, strict=True)
+    ]
+
+
+def _manifest(work: Work, inputs: list[dict[str, Any]], files: Sequence[Artifact]) -> bytes:
+    manifest = {
+        "job": work.claim.job_id,
+        "recipe_sha256": work.recipe.sha256,
+        "seed": work.recipe.seed,
+        "device": work.device,
+        "engine": ENGINE,
+        "versions": library_versions(),
+        "inputs": inputs,
+        "files": [file.model_dump() for file in files],
+    }
+    return json.dumps(manifest, indent=2).encode()
+
+
+def _result(report: dict[str, Any], plan: Plan, files: Sequence[Artifact]) -> dict[str, Any]:
+    keys = ("metrics", "gates", "trimmed", "cost", "savings")
+    return {
+        "prefix": plan.prefix,
+        **{key: report[key] for key in keys},
+        "artifacts": [file.model_dump() for file in files],
+    }

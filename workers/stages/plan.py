@@ -1,0 +1,115 @@
+"""Plans a job: pins its inputs, asks the model what each parameter is, and says what happens to every tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+
+from service.contract import artifacts
+from service.contract.checkpoint import Checkpoint, CheckpointFile
+from service.contract.errors import BadInput
+from service.contract.fit import Fit, fit
+from service.contract.parts import Done
+from service.contract.plan import Plan
+from service.contract.planning import make_plan
+from service.contract.recipe import Recipe
+from service.contract.stages import NewPart, Stage
+from service.stores.checkpoints import read_checkpoint, read_header
+from service.stores.objects import ObjectMissing, Objects, failures
+from workers.skeleton import read_skeleton
+from workers.tensors import TensorReader, write_artifact
+from workers.work import Work
+
+MANIFEST_LIMIT_BYTES = 256 << 20
+CALIBRATE_WEIGHT, EVALUATE_WEIGHT, FINALIZE_WEIGHT = 2.0, 2.0, 1.0
+
+
+def run(work: Work) -> Done:
+    """Write ``merge/recipe.json`` and ``merge/plan.json``, and ask for the parts of the later stages.
+
+    Raises:
+        BadInput: the checkpoints do not fit each other (any more), or whole-number tensors differ.
+        InputMissing, StorageFailure.
+    """
+    recipe, objects = work.recipe, work.objects
+    with failures():
+        base = read_checkpoint(objects, recipe.base)
+        tasks = [read_checkpoint(objects, task.checkpoint) for task in recipe.tasks]
+        samples = _read_samples(objects, recipe)
+    found = fit(recipe, base, tasks)
+    if found.faults:
+        more = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
+        raise BadInput(f"{found.faults[0].detail}{more}")
+    _refuse_unequal(work, base, tasks, found)
+    skeleton = read_skeleton(base.config or {}, {name: info.shape for name, info in base.tensors.items()})
+    plan = make_plan(
+        recipe,
+        work.claim.prefix,
+        base,
+        tasks,
+        found,
+        lambda info: skeleton.parameters[info.name],
+        warnings=skeleton.warnings,
+        samples=samples,
+    )
+    _clear(objects, work.claim.prefix)
+    _write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
+    _write(work, artifacts.PLAN, plan.model_dump_json())
+    return Done(warnings=plan.warnings, parts=tuple(_parts(recipe, plan)))
+
+
+def _read_samples(objects: Objects, recipe: Recipe) -> dict[str, CheckpointFile]:
+    """The recipe's files beside its checkpoints, as they are now."""
+    addresses = {f"exemplars:{task.name}": task.exemplars for task in recipe.tasks if task.exemplars}
+    addresses |= {f"statistics:{task.name}": task.statistics for task in recipe.tasks if task.statistics}
+    for row in recipe.evaluation.tasks if recipe.evaluation else ():
+        addresses[f"labeled:{row.task}"] = row.labeled
+        if row.head:
+            addresses[f"head:{row.task}"] = row.head.weight
+    return {name: read_header(objects, address)[0] for name, address in addresses.items()}
+
+
+def _refuse_unequal(work: Work, base: Checkpoint, tasks: Sequence[Checkpoint], found: Fit) -> None:
+    """Whole numbers can't be merged: where a task has others than the base, there is no right answer."""
+    if not found.equal:
+        return
+    with TensorReader(work.objects) as reader:
+        expected = reader.read(base, found.equal)
+        for task, checkpoint in zip(work.recipe.tasks, tasks, strict=True):
+            for name, tensor in reader.read(checkpoint, found.equal).items():
+                if not tensor.equal(expected[name]):
+                    raise BadInput(
+                        f"{name!r} holds whole numbers that differ between the base and task {task.name!r}; "
+                        "they can't be merged. Name it in the recipe's heads, and the base's are used",
+                        tensor=name,
+                    )
+            work.watch.step()
+
+
+def _clear(objects: Objects, prefix: str) -> None:
+    """Take away an earlier result that the recipe allows to overwrite: its manifest first, so it never looks whole."""
+    with failures():
+        try:
+            manifest = json.loads(objects.read_all(prefix + artifacts.MANIFEST, MANIFEST_LIMIT_BYTES))
+        except ObjectMissing:
+            return
+        objects.delete(prefix + artifacts.MANIFEST)
+        for file in manifest.get("files", []):
+            objects.delete(prefix + str(file["name"]))
+
+
+def _write(work: Work, name: str, text: str) -> None:
+    artifact = write_artifact(work.objects, work.claim.prefix, name, text.encode())
+    work.watch.step(bytes_written=artifact.size)
+
+
+def _parts(recipe: Recipe, plan: Plan) -> Iterator[NewPart]:
+    if recipe.method.trims and recipe.has_features and plan.wanted():
+        for index, task in enumerate(recipe.tasks):
+            yield NewPart(Stage.CALIBRATE, index, task.name, CALIBRATE_WEIGHT)
+    merge_weight = 2.0 * len(recipe.tasks) / max(plan.bytes_in, 1)
+    for index, shard in enumerate(plan.shards):
+        yield NewPart(Stage.MERGE, index, shard.file, merge_weight * shard.bytes_in, len(shard.tensors))
+    for index, row in enumerate(recipe.evaluation.tasks if recipe.evaluation else ()):
+        yield NewPart(Stage.EVALUATE, index, row.task, EVALUATE_WEIGHT)
+    yield NewPart(Stage.FINALIZE, 0, "finalize", FINALIZE_WEIGHT)

@@ -1,0 +1,270 @@
+"""Reads tensors by name in large spans, and writes one file of tensors as a stream."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from service.contract.artifacts import media_type, role
+from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, write_header
+from service.contract.errors import InputChanged, WorkerError
+from service.contract.job import Artifact
+from service.contract.plan import Pinned
+from service.stores.checkpoints import read_checkpoint
+from service.stores.objects import Objects, ObjectWriter, failures
+
+SPAN_BYTES = 16 << 20  # one read: larger costs memory, smaller costs requests
+GAP_BYTES = 256 << 10  # reading over a gap this small is cheaper than another request
+READERS = 8
+COPY_BYTES = 8 << 20
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighboring tensors of one file that are read together."""
+
+    file: str
+    start: int
+    end: int
+    tensors: tuple[TensorInfo, ...]
+
+
+class TensorReader:
+    """Reads tensors of pinned checkpoints; a file that changed since it was pinned is a Failure."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+        self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def open(self, address: str, pinned: Sequence[Pinned]) -> Checkpoint:
+        """A checkpoint's headers, once it is certain that its files are those that were planned with.
+
+        Raises:
+            InputChanged, InputMissing, StorageFailure.
+        """
+        with failures():
+            checkpoint = read_checkpoint(self._objects, address)
+        found = {file.address: file.etag for file in checkpoint.files}
+        for pin in pinned:
+            if found.get(pin.address) != pin.etag:
+                raise InputChanged(f"{pin.address} changed after the job was planned; submit the merge again")
+        return checkpoint
+
+    def start(self, checkpoint: Checkpoint, names: Iterable[str]) -> Reading:
+        """Begin to read tensors; ``Reading.wait`` gives them."""
+        etags = {file.address: file.etag for file in checkpoint.files}
+        spans = plan_spans([checkpoint.tensors[name] for name in names])
+        return Reading([self._read_span(span, etags[span.file]) for span in spans])
+
+    def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name, in host memory, with the types the file has. Raises InputChanged, StorageFailure."""
+        return self.start(checkpoint, names).wait()
+
+    def _read_span(self, span: Span, etag: str) -> SpanReading:
+        buffer = torch.empty(span.end - span.start, dtype=torch.uint8)
+        view = _bytes_of(buffer)
+        pieces = [
+            self._pool.submit(self._read_piece, span, etag, view, offset) for offset in range(0, len(view), SPAN_BYTES)
+        ]
+        return SpanReading(span, buffer, pieces)
+
+    def _read_piece(self, span: Span, etag: str, view: memoryview, offset: int) -> None:
+        with failures():
+            piece = view[offset : offset + SPAN_BYTES]
+            self._objects.read(span.file, span.start + offset, piece, etag=etag)
+
+
+@dataclass(frozen=True)
+class SpanReading:
+    """A span that is being read."""
+
+    span: Span
+    buffer: Tensor
+    pieces: list[Future[None]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Tensors that are being read."""
+
+    spans: list[SpanReading]
+
+    def wait(self) -> dict[str, Tensor]:
+        """The tensors, once all of them are there. Raises what the reading raised."""
+        tensors = {}
+        for reading in self.spans:
+            for piece in reading.pieces:
+                piece.result()
+            for info in reading.span.tensors:
+                tensors[info.name] = _carve(reading.buffer, info, reading.span.start)
+        return tensors
+
+
+def plan_spans(tensors: Sequence[TensorInfo]) -> list[Span]:
+    """Group tensors into reads: neighbors together, up to SPAN_BYTES, over gaps of at most GAP_BYTES."""
+    spans: list[list[TensorInfo]] = []
+    for info in sorted(tensors, key=lambda info: (info.file, info.start)):
+        last = spans[-1] if spans else None
+        if last and _joins(last, info):
+            last.append(info)
+        else:
+            spans.append([info])
+    return [Span(group[0].file, group[0].start, max(info.end for info in group), tuple(group)) for group in spans]
+
+
+def _joins(group: list[TensorInfo], info: TensorInfo) -> bool:
+    last = group[-1]
+    return info.file == last.file and info.start - last.end <= GAP_BYTES and info.end - group[0].start <= SPAN_BYTES
+
+
+def _carve(buffer: Tensor, info: TensorInfo, start: int) -> Tensor:
+    """A tensor's bytes as a tensor: without a copy, unless they lie on an odd offset."""
+    raw = buffer[info.start - start : info.end - start]
+    if raw.storage_offset() % DTYPE_BYTES[info.dtype]:
+        raw = raw.clone()
+    return raw.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+class TensorWriter:
+    """Streams tensors into one safetensors file in the order of its header, hashing on the way.
+
+    Nothing is visible before ``commit``; leaving without it writes nothing.
+    """
+
+    def __init__(self, objects: Objects, address: str, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
+        self._expected = list(tensors.items())
+        self._writer = _opened(objects, address + name, media_type(name))
+        self._name = name
+        self._sha256 = hashlib.sha256()
+        self._size = 0
+        self._write(write_header([(name, dtype, shape) for name, (dtype, shape) in self._expected]))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.abort()
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor; it must be the one that the header names next, with its type and shape."""
+        if not self._expected:
+            raise WorkerError(f"{self._name}: one tensor too many: {name!r}", tensor=name)
+        expected, (dtype, shape) = self._expected.pop(0)
+        if (name, NAMES[tensor.dtype], tuple(tensor.shape)) != (expected, dtype, tuple(shape)):
+            raise WorkerError(f"{self._name}: {name!r} where {expected!r}, {dtype}, {shape} was to come", tensor=name)
+        self._write(as_bytes(tensor))
+
+    def commit(self) -> Artifact:
+        """Make the file visible, whole. Raises WorkerError where tensors are missing, StorageFailure."""
+        if self._expected:
+            raise WorkerError(f"{self._name}: {len(self._expected)} tensors were never written")
+        with failures():
+            self._writer.commit()
+        return Artifact(
+            name=self._name,
+            role=role(self._name),
+            media_type=media_type(self._name),
+            size=self._size,
+            sha256=self._sha256.hexdigest(),
+        )
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._size
+
+    def _write(self, data: bytes | memoryview) -> None:
+        with failures():
+            self._writer.write(data)
+        self._sha256.update(data)
+        self._size += len(data)
+
+
+def _opened(objects: Objects, address: str, kind: str) -> ObjectWriter:
+    with failures():
+        return objects.write(address, media_type=kind)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, little-endian and in row order, without a copy where it lies so already."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return _bytes_of(flat.view(torch.uint8)) if flat.numel() else memoryview(b"")
+
+
+def _bytes_of(buffer: Tensor) -> memoryview:
+    """The memory of a tensor of bytes."""
+    array: Any = buffer.numpy()
+    return memoryview(array)
+
+
+def write_artifact(objects: Objects, address: str, name: str, data: bytes) -> Artifact:
+    """Write a small file whole. Raises StorageFailure."""
+    with failures():
+        objects.put(address + name, data, media_type=media_type(name))
+    return Artifact(
+        name=name,
+        role=role(name),
+        media_type=media_type(name),
+        size=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def chunks(objects: Objects, file: Pinned) -> Iterator[memoryview]:
+    """A pinned file, piece by piece; each piece is overwritten by the next. Raises InputChanged, StorageFailure."""
+    buffer = bytearray(min(COPY_BYTES, file.size) or 1)
+    for start in range(0, file.size, COPY_BYTES):
+        piece = memoryview(buffer)[: min(COPY_BYTES, file.size - start)]
+        with failures():
+            objects.read(file.address, start, piece, etag=file.etag)
+        yield piece
+
+
+def batches(tensors: Sequence[tuple[str, int]], limit_bytes: int) -> Iterator[list[str]]:
+    """Names in order, in groups of at most ``limit_bytes``, or of one where a single tensor is larger."""
+    group: list[str] = []
+    held = 0
+    for name, size in tensors:
+        if group and held + size > limit_bytes:
+            yield group
+            group, held = [], 0
+        group.append(name)
+        held += size
+    if group:
+        yield group

@@ -1,0 +1,51 @@
+"""What a stage is given: the recipe, the part, the stores, and what earlier stages left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from service.contract import artifacts
+from service.contract.parts import Claim, SoFar
+from service.contract.plan import Plan
+from service.contract.recipe import Recipe
+from service.contract.stages import Stage
+from service.stores.objects import Objects, failures
+from workers.watch import Watch
+
+PLAN_LIMIT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Work:
+    """One part of one job, with everything it may touch.
+
+    ``outputs`` gives what the parts of an earlier stage left, in their order; ``so_far`` what the job has cost until
+    now; ``device`` is torch's name of the device to compute on.
+    """
+
+    claim: Claim
+    objects: Objects
+    watch: Watch
+    workspace: str
+    device: str
+    outputs: Callable[[Stage], list[dict[str, Any]]]
+    so_far: Callable[[], SoFar]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.claim.recipe
+
+    @property
+    def part(self) -> int:
+        return self.claim.part
+
+    def address(self, name: str) -> str:
+        """Where an artifact of the job lies."""
+        return self.claim.prefix + name
+
+    def plan(self) -> Plan:
+        """The plan that the first stage wrote. Raises StorageFailure, InputMissing."""
+        with failures():
+            return Plan.model_validate_json(self.objects.read_all(self.address(artifacts.PLAN), PLAN_LIMIT_BYTES))
