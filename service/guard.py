@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
@@ -71,10 +72,8 @@ def _stop(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
     if process.poll() is None:
         process.terminate()
         _wait(process, grace_seconds)
-    try:
+    with suppress(ProcessLookupError):  # nothing is left
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # nothing is left
     process.wait()
 
 

@@ -91,4 +91,4 @@ app = make_app(Connections.from_environment(os.environ), WorkerSettings.from_env
 def _warm_up(**_: Any) -> None:
     """Import torch and open the stores before the first part arrives, and not while it waits."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    _ = app.runner
+    logger.info("Ready: %s", app.runner)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from service.contract.job import Artifact
 from service.contract.parts import SoFar
@@ -71,18 +71,18 @@ def _savings(facts: Facts) -> dict[str, Any]:
 
 def render_html(report: Mapping[str, Any]) -> str:
     """A page that needs nothing but itself."""
-    return _environment(escape=True).get_template("report.html").render(report=report)
+    return _environment().get_template("report.html").render(report=report)
 
 
 def render_card(report: Mapping[str, Any]) -> str:
     """The model card: README.md with the metadata that model hubs read."""
-    return _environment(escape=False).get_template("card.md").render(report=report)
+    return _environment().get_template("card.md").render(report=report)
 
 
-def _environment(*, escape: bool) -> Environment:
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("workers"),
-        autoescape=escape,
+        autoescape=select_autoescape(["html"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

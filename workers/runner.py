@@ -48,6 +48,9 @@ class Runner:
         )
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
 
+    def __repr__(self) -> str:
+        return f"Runner({self._owner}, device={self._device})"
+
     def run(self, message: PartMessage) -> None:
         """Do the part that a message points at, unless it is done, claimed or withdrawn."""
         if self._leaving():

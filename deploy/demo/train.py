@@ -20,7 +20,6 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor
 from transformers import ViTConfig, ViTForImageClassification
-from transformers.utils.logging import disable_progress_bar
 
 SEED = 20250
 SPLITS = (1097, 350, 350)  # train, validation, test: the same images for the base and for every task
@@ -108,7 +107,7 @@ def read_digits() -> tuple[Tensor, Tensor]:
 
 def split_rows(count: int) -> tuple[Tensor, ...]:
     """Row numbers of the train, validation and test images."""
-    return torch.randperm(count, generator=Generator().manual_seed(SEED)).split(SPLITS)
+    return torch.split(torch.randperm(count, generator=Generator().manual_seed(SEED)), list(SPLITS))
 
 
 def samples_of(task: Task, images: Tensor, digits: Tensor) -> Samples:
@@ -140,7 +139,7 @@ def new_model(classes: tuple[str, ...]) -> ViTForImageClassification:
 def batches(samples: Samples, generator: Generator) -> Iterator[Samples]:
     """``samples`` in a new order, a batch at a time."""
     order = torch.randperm(len(samples.labels), generator=generator)
-    return (samples.at(rows) for rows in order.split(BATCH))
+    return (samples.at(rows) for rows in torch.split(order, BATCH))
 
 
 def fit(
@@ -160,13 +159,15 @@ def fit(
             model(pixel_values=batch.pixels, labels=batch.labels).loss.backward()
             optimizer.step()
             one_cycle.step()
-    return model.eval()
+    model.train(False)
+    return model
 
 
 @torch.no_grad()
 def accuracy(model: ViTForImageClassification, samples: Samples) -> float:
     """Share of ``samples`` that ``model`` classifies rightly."""
-    return (model(pixel_values=samples.pixels).logits.argmax(1) == samples.labels).double().mean().item()
+    right = model(pixel_values=samples.pixels).logits.argmax(1) == samples.labels
+    return float(right.double().mean())
 
 
 def every_view(images: Tensor, digits: Tensor) -> Samples:
@@ -232,7 +233,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's checkpoints.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     out: Path = parser.parse_args().out
-    disable_progress_bar()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     images, digits = read_digits()

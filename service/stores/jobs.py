@@ -111,6 +111,7 @@ class JobStore:
     def keep(self, key: IdempotencyKey, answer: KeptAnswer) -> None:
         """Keep a deterministic refusal, so that the key can't be used with another body."""
         with self._database.write() as connection:
+            self._database.serialize(connection, "submit")
             if _kept(connection, key) is None:
                 _keep(connection, key, answer)
 

@@ -370,7 +370,9 @@ def _is(message: PartMessage) -> tuple[Any, ...]:
 
 
 def _held(claim: Claim) -> tuple[Any, ...]:
-    return (*_is(PartMessage(claim.stage, claim.job_id, claim.part)), parts.c.claim == claim.token)
+    """A part that is done keeps its token, and is nobody's: what comes twice counts once."""
+    message = PartMessage(claim.stage, claim.job_id, claim.part)
+    return (*_is(message), parts.c.claim == claim.token, parts.c.state == "claimed")
 
 
 def _named(claim: Claim) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from service.contract.methods import Ties
+from workers.magnitudes import kth_largest
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Ties) -> Tensor:
@@ -34,7 +35,7 @@ def _largest(task_vector: Tensor, density: float) -> Tensor:
     count = max(1, math.floor(density * sizes.numel() + 0.5))
     if count >= sizes.numel():
         return task_vector
-    threshold = sizes.kthvalue(sizes.numel() - count + 1).values
+    threshold = kth_largest(sizes, count)
     kept = sizes > threshold
     tied = (sizes == threshold).nonzero().flatten()
     kept[tied[: count - int(kept.sum())]] = True  # ties go to the lower index

@@ -4,13 +4,17 @@ from collections.abc import Callable
 
 from service.contract.parts import Done
 from service.contract.stages import Stage
-from workers.stages import calibrate, evaluate, finalize, merge, plan
+from workers.stages.calibrate import run as calibrate
+from workers.stages.evaluate import run as evaluate
+from workers.stages.finalize import run as finalize
+from workers.stages.merge import run as merge
+from workers.stages.plan import run as plan
 from workers.work import Work
 
 RUN: dict[Stage, Callable[[Work], Done]] = {
-    Stage.PLAN: plan.run,
-    Stage.CALIBRATE: calibrate.run,
-    Stage.MERGE: merge.run,
-    Stage.EVALUATE: evaluate.run,
-    Stage.FINALIZE: finalize.run,
+    Stage.PLAN: plan,
+    Stage.CALIBRATE: calibrate,
+    Stage.MERGE: merge,
+    Stage.EVALUATE: evaluate,
+    Stage.FINALIZE: finalize,
 }

@@ -115,7 +115,7 @@ def _start(matrix: Difference, width: int) -> Tensor:
 
 
 def _orthonormal(rows: Tensor, space: Tensor) -> Tensor:
-    """``rows`` made orthonormal, and orthogonal to the rows of ``space``; once more, since rounding spoils the first."""
+    """``rows`` made orthonormal, and orthogonal to ``space``'s; twice, since rounding spoils the first time."""
     for _ in range(2):
         rows = torch.linalg.qr((rows - (rows @ space.T) @ space).T).Q.T
     return rows
