@@ -93,13 +93,21 @@ class Lock:
 
 
 class Process:
-    """A program that is kept running, behind its guard."""
+    """A program behind its guard, which can be kept running.
 
-    def __init__(self, program: Program, environment: Mapping[str, str], log: Path, lifeline: int, lock: int) -> None:
+    Args:
+        program: what to run.
+        environment: its variables, all of them.
+        log: where it writes.
+        lifeline: see ``lifeline``; when that closes, the program is stopped.
+        held: open files that the guard is to hold as long as the program runs.
+    """
+
+    def __init__(self, program: Program, environment: Mapping[str, str], log: Path, lifeline: int, *held: int) -> None:
         self.program = program
         self.log = log
         self._environment = environment
-        self._fds = (lifeline, lock)
+        self._fds = (lifeline, *held)
         self._failures = 0
         self._restart_at: float | None = None
         self._start()
@@ -165,10 +173,10 @@ class Process:
         if not self.has_ended:
             self._guard.terminate()
 
-    def wait(self, asked: Asked, *, times: int) -> None:
-        """Until it has stopped; kill it where that takes too long, or where somebody asks once more."""
+    def wait(self, in_a_hurry: Callable[[], bool] = lambda: False) -> None:
+        """Until it has stopped; it is killed where that takes too long, or where somebody is in a hurry."""
         deadline = time.monotonic() + self.program.grace_seconds + GUARD_SECONDS
-        while not self.has_ended and time.monotonic() < deadline and asked.times <= times:
+        while not self.has_ended and time.monotonic() < deadline and not in_a_hurry():
             time.sleep(LOOK_SECONDS / 4)
         if not self.has_ended:
             with suppress(ProcessLookupError):

@@ -172,7 +172,7 @@ class Up:
             for process in group:
                 process.ask()
             for process in group:
-                process.wait(self._asked, times=times)
+                process.wait(lambda: self._asked.times > times)
 
 
 PROGRAMS = (

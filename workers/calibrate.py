@@ -67,7 +67,7 @@ def _address(path: Path) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="catmerge calibrate", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder with config.json and safetensors weights")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder with config.json and weights")
     parser.add_argument("--exemplars", type=Path, required=True, help=".safetensors file of the model's inputs")
     parser.add_argument("--out", type=Path, required=True, help="the statistics file to write")
     parser.add_argument("--batch-size", type=int, default=16)

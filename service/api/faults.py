@@ -28,9 +28,9 @@ def read_recipe(value: object) -> Recipe:
         return Recipe.model_validate(value)
     except pydantic.ValidationError as error:
         faults = tuple(faults_of(error, Recipe, value))[:MAX_FAULTS]
-        where = f" at {faults[0].pointer}" if faults[0].pointer else ""
-        count = "One fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise ValidationError(f"{count} in the recipe, the first{where}: {faults[0].detail}", faults) from None
+        where = f"{faults[0].pointer}: " if faults[0].pointer else ""
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValidationError(f"{where}{faults[0].detail}{more}", faults) from None
 
 
 def faults_of(error: pydantic.ValidationError, model: type[BaseModel], value: object) -> Iterator[Fault]:

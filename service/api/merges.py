@@ -7,8 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse
 
@@ -17,11 +16,11 @@ from service.api import problems
 from service.api.body import Body, json_body
 from service.api.conditions import etag_of, expect_match, idempotency_key, is_unchanged, wait_seconds
 from service.api.deps import Caller, Doors, House
-from service.api.faults import read_recipe
+from service.api.faults import pointer_to, read_recipe
 from service.api.views import JobList, JobView, PlanView, job_json, next_link, page_json
 from service.api.waiting import until_ended
 from service.api.wiping import wipe
-from service.contract.errors import InvalidCursor, NotFound, ValidationError
+from service.contract.errors import Fault, InvalidCursor, InvalidParameter, NotFound, ValidationError
 from service.contract.job import Job, Status
 from service.stores.jobs import IdempotencyKey, KeptAnswer, Listing
 from service.submit import enqueue, submit
@@ -77,23 +76,10 @@ class ListQuery(BaseModel):
         None, description="RFC 3339, or seconds since the epoch"
     )
 
-    @model_validator(mode="after")
-    def _known(self) -> ListQuery:
-        unknown = [name for name in self.model_extra or {} if not LABEL.fullmatch(name)]
-        if unknown:
-            known = ", ".join([*type(self).model_fields, "metadata[key]"])
-            raise PydanticCustomError(
-                "extra_forbidden",
-                "There is no parameter {name}; there are: {known}",
-                {"name": unknown[0], "known": known},
-            )
-        return self
-
     def listing(self, caller: str) -> Listing:
-        """The same question, in the store's words. Raises InvalidCursor."""
+        """The same question, in the store's words. Raises InvalidParameter, InvalidCursor."""
         if self.after is not None and not JOB_ID.fullmatch(self.after):
             raise InvalidCursor(f"after={self.after!r} is not the id of a merge; use the last_id of a page.")
-        labels = {LABEL.sub(r"\1", name): text for name, text in (self.model_extra or {}).items()}
         return Listing(
             caller=caller,
             limit=self.limit,
@@ -101,8 +87,17 @@ class ListQuery(BaseModel):
             ascending=self.order == "asc",
             status=self.status,
             created_after=None if self.created_after is None else float(self.created_after),
-            metadata=labels,
+            metadata={_label(name): text for name, text in (self.model_extra or {}).items()},
         )
+
+
+def _label(parameter: str) -> str:
+    found = LABEL.fullmatch(parameter)
+    if found is None:
+        known = ", ".join([*ListQuery.model_fields, "metadata[key]"])
+        detail = f"There is no parameter {parameter!r}; there are: {known}."
+        raise InvalidParameter(detail, (Fault(pointer_to(("query", parameter)), "extra_forbidden", detail),))
+    return found[1]
 
 
 class DeleteQuery(BaseModel):

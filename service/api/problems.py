@@ -119,11 +119,15 @@ def _away(detail: str) -> Refusal:
 
 def _invalid_parameters(error: RequestValidationError) -> Refusal:
     faults = tuple(
-        Fault(pointer_to(fault["loc"]), fault["type"], fault["msg"].removeprefix("Value error, "))
+        Fault(pointer_to(fault["loc"]), fault["type"], _sentence(fault["type"], fault["msg"]))
         for fault in error.errors()
     )
     named = "; ".join(f"{fault.pointer.rpartition('/')[2]}: {fault.detail}" for fault in faults)
     return errors.InvalidParameter(named, faults)
+
+
+def _sentence(kind: str, message: str) -> str:
+    return "There is no such parameter." if kind == "extra_forbidden" else message.removeprefix("Value error, ")
 
 
 def _http(error: HTTPException) -> Refusal:

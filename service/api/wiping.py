@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 
@@ -9,7 +10,10 @@ from service.api.deps import House
 from service.contract import artifacts
 from service.contract.errors import JobNotTerminal, OutputExists
 from service.contract.job import Job
+from service.contract.stages import Stage
+from service.stores.objects import ObjectMissing, Objects
 
+MANIFEST_LIMIT_BYTES = 256 << 20
 # What a merge writes beside its weights, known by name: a job without a result has no list of what it wrote.
 OURS = re.compile(r"merge/(recipe\.json|plan\.json|report\.json|report\.html|trim-log\.jsonl|removed-\d+\.safetensors)")
 
@@ -19,22 +23,37 @@ def wipe(job: Job, doors: House) -> None:
 
     Raises:
         JobNotTerminal: the job may still be writing.
-        OutputExists: another job was put in the same folder later, so what lies there is its own.
+        OutputExists: another job was put in the same folder, so what lies there may be its own.
     """
     if not job.status.is_terminal:
         raise JobNotTerminal(f"Job {job.id} is {job.status.value}; cancel it first, or wait.")
-    successor = doors.jobs.successor(job)
-    if successor is not None:
+    other = doors.jobs.successor(job) or _owner(job, doors.objects)
+    if other is not None:
         raise OutputExists(
-            f"Job {successor} was put in {job.prefix} later, above it or below it, and may have replaced these files; "
+            f"What lies in {job.prefix}, above it or below it, may be by another job ({other}); "
             "delete this job without artifacts=true."
         )
+    names = list(_written(job, doors))
     doors.objects.delete(job.prefix + artifacts.MANIFEST)
-    for name in _written(job, doors):
+    for name in names:
         doors.objects.delete(job.prefix + name)
 
 
+def _owner(job: Job, objects: Objects) -> str | None:
+    """Whose result lies in the job's folder, where it is not its own."""
+    try:
+        manifest = json.loads(objects.read_all(job.prefix + artifacts.MANIFEST, MANIFEST_LIMIT_BYTES))
+    except ObjectMissing:
+        return None
+    except ValueError:
+        return "unknown"
+    owner = manifest.get("job") if isinstance(manifest, dict) else None
+    return None if owner == job.id else str(owner)
+
+
 def _written(job: Job, doors: House) -> Iterator[str]:
-    yield from (row["name"] for row in (job.result or {}).get("artifacts", []))
+    yield from (str(row["name"]) for row in (job.result or {}).get("artifacts", []))
+    for output in doors.parts.outputs(job.id, Stage.MERGE):
+        yield from (str(row["name"]) for row in output.get("files", []))
     found = list(doors.objects.list(f"{job.prefix}merge/"))
     yield from (name for name in (info.address.removeprefix(job.prefix) for info in found) if OURS.fullmatch(name))

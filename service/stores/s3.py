@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 FIRST_PART_BYTES = 16 << 20
 PARTS_PER_SIZE = 1000  # then parts double; 10,000 of them, S3's limit, hold more than its largest object, 5 TiB
-LARGEST_DOUBLING = 6
+LARGEST_DOUBLING = 7
 UPLOADS_AT_ONCE = 3  # per writer: it holds up to one part more than this in memory
 CHUNK_BYTES = 1 << 20  # read from the socket at once; stays in the cache between the two copies
 PAUSES_SECONDS = (0.2, 0.8, 3.2)  # boto3 retries until an answer begins; one that breaks off is ours to ask for again

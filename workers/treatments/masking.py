@@ -49,8 +49,9 @@ def masked(task_vectors: Sequence[Tensor], removed: Sequence[Removed], *, restor
 
 def effect(before: Tensor, after: Tensor) -> Effect:
     """What masking did, as far as one can tell without features."""
-    gone = before.double() - after.double()
-    return Effect(energy_removed=share(energy(gone), energy(before.double())), large_share=large_share(before, gone))
+    entries = before.flatten().double()
+    gone = entries - after.flatten().double()
+    return Effect(energy_removed=share(energy(gone), energy(entries)), large_share=large_share(entries, gone))
 
 
 def _masked(before: Tensor, removed: Sequence[Removed], i: int, restore_norm: bool) -> Tensor:

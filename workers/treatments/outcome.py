@@ -115,7 +115,7 @@ def norm_factor(before: Tensor, after: Tensor, *, restore: bool) -> float:
     """
     if not restore:
         return 1.0
-    old, new = _norm(before), _norm(after)
+    old, new = math.sqrt(energy(before)), math.sqrt(energy(after))
     return old / new if new > 64 * torch.finfo(after.dtype).eps * old else 0.0
 
 
@@ -148,7 +148,3 @@ def check_alike(task_vectors: Sequence[Tensor], *, dimensions: int | None = None
         raise BadInput(f"task vectors are trimmed in float32 or float64, not {dtype}")
     if dimensions is not None and len(shape) != dimensions:
         raise BadInput(f"a task vector of shape {list(shape)} where {dimensions} dimensions are needed")
-
-
-def _norm(x: Tensor) -> float:
-    return float(x.double().square().sum().sqrt())

@@ -246,9 +246,10 @@ def test_one_owner_at_a_time_has_a_duty(parts: PartStore) -> None:
 def test_the_times_of_a_job_are_the_databases(jobs: JobStore, parts: PartStore, database: Database) -> None:
     job = submit(jobs)
     claim(parts, job.id)
-    started, now = parts.job_times(job.id)
-    assert started == jobs.get(ME, job.id).started_at
-    assert started <= now <= database.clock()
+    cost = parts.so_far(job.id)
+    seen = jobs.get(ME, job.id)
+    assert (cost.created_at, cost.started_at) == (seen.created_at, seen.started_at)
+    assert cost.started_at <= cost.now <= database.clock()
 
 
 def test_expired_jobs_are_forgotten_once_they_have_ended(jobs: JobStore, parts: PartStore, database: Database) -> None:
