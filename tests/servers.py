@@ -130,8 +130,6 @@ def _rclone(port: int, folder: Path) -> list[str]:
         *options,
         "--vfs-cache-mode",
         "off",
-        "--dir-cache-time",
-        "0",
     ]
 
 
