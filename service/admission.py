@@ -205,6 +205,7 @@ KINDS: Sequence[type[Refusal]] = (
 
 def _refusal(faults: Sequence[Fault]) -> Refusal:
     """One refusal for all faults: of their kind where they agree, else of the general one."""
+    faults = sorted(faults, key=lambda fault: fault.pointer)  # headers are read in parallel: no order of their own
     codes = {fault.code for fault in faults}
     kind = next((kind for kind in KINDS if codes == {kind.code}), RecipeUnfit)
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""

@@ -122,15 +122,7 @@ def _moto(port: int, folder: Path) -> list[str]:
 
 def _rclone(port: int, folder: Path) -> list[str]:
     options = ["--addr", f"127.0.0.1:{port}", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", "--config", os.devnull]
-    return [
-        _program("rclone"),
-        "serve",
-        "s3",
-        str(folder),
-        *options,
-        "--vfs-cache-mode",
-        "off",
-    ]
+    return [_program("rclone"), "serve", "s3", str(folder), *options, "--vfs-cache-mode", "off"]
 
 
 def _s3_client(port: int):  # type: ignore[no-untyped-def]  # boto3 makes its clients' classes as it runs

@@ -156,6 +156,7 @@ def _rows(
             "role": plan.role.value,
             "treatment": treatment,
             "shape": list(plan.shape),
+            "transposed": plan.transposed,
             "reason": reason,
             "removed": trimmed.removed[k].count if trimmed.removed else 0,
             "scores": [float(score) for score in trimmed.removed[k].scores] if trimmed.removed else [],

@@ -154,6 +154,10 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
+def megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"
+
+
 def show_validation(tried: Sequence[Tried], chosen: Mapping[str, float]) -> None:
     """Mean and worst retention at every scaling that was tried."""
     shown = table("Validation: share of the experts' accuracy kept, mean (worst)", ["scaling", *METHODS.values()])
@@ -196,10 +200,10 @@ def verdict(arithmetic: Sequence[float], cat: Sequence[float]) -> str:
     """How far CAT is from Task Arithmetic on average, and how far the draw of test images alone moves an average."""
     difference = 100 * (sum(cat) - sum(arithmetic)) / len(cat)
     error = 100 * sum(share * (1 - share) / TEST_IMAGES for share in cat) ** 0.5 / len(cat)
-    leader = "CAT is ahead" if difference > 0 else "Task Arithmetic is ahead" if difference < 0 else "Neither is ahead"
+    leader = "CAT is ahead" if difference > 0 else "Task Arithmetic is ahead"
     return (
-        f"[bold]{leader}[/]: CAT's average is {difference:+.1f} points from Task Arithmetic's. "
-        f"The standard error of one average is {error:.1f} points; differences below that are ties."
+        f"[bold]{'A tie' if abs(difference) < error else leader}[/]: CAT's average is {difference:+.1f} points from "
+        f"Task Arithmetic's, and the standard error of one average is {error:.1f} points."
     )
 
 
@@ -208,7 +212,7 @@ def show_trimmed(job: Mapping[str, Any]) -> None:
     columns = ["role", "task vectors", "trimmed", "energy removed", "conflict before", "after"]
     shown = table("Trimmed by CAT, by role", columns)
     for role, found in job["result"]["trimmed"].items():
-        conflicts = [f"{found[key]:.4g}" for key in ("conflict_before", "conflict_after")]
+        conflicts = [f"{found[key]:.4g}" if found[key] else "-" for key in ("conflict_before", "conflict_after")]
         counts = [str(found["vectors"]), str(found["trimmed"])]
         shown.add_row(role, *counts, percent(found["energy_removed"]), *conflicts)
     console.print(shown)
@@ -217,12 +221,13 @@ def show_trimmed(job: Mapping[str, Any]) -> None:
 
 def show_cost(final: Mapping[str, Tried], places: Mapping[str, Path]) -> None:
     """Seconds and bytes, and where everything lies."""
-    shown = table("Cost", ["merge", "seconds", "bytes read", "bytes written", "4 models", "1, 4 heads"])
+    shown = table("Cost", ["merge", "seconds", "read", "written", "four models", "merged and heads"])
     for method, one in final.items():
         cost, savings = one.job["result"]["cost"], one.job["result"]["savings"]
         figures = [cost["bytes_read"], cost["bytes_written"], savings["bytes_before"], savings["bytes_after"]]
-        shown.add_row(METHODS[method], f"{cost['seconds']:.2f}", *[f"{figure:,}" for figure in figures])
+        shown.add_row(METHODS[method], f"{cost['seconds']:.2f}", *map(megabytes, figures))
     console.print(shown)
+    console.print("Whichever comes first reads more: the scores of the base and the experts are kept for the other.")
     console.print("\n[bold]The artifacts[/], downloaded and checked against their SHA-256:")
     for method, place in places.items():
         console.print(f"  {METHODS[method]}: {place}", soft_wrap=True)

@@ -206,7 +206,7 @@ def parse_header(prefix: bytes | bytearray, file_size: int, file: str) -> Header
 def write_header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str] | None = None) -> bytes:
     """The beginning of a safetensors file whose tensors follow in this order without gaps, so it can be streamed out.
 
-    Readers view each tensor in place, so tensors of wider types should come first: see ``storage_order``.
+    Readers that view tensors in place are faster, or work at all, where wider types come first: see ``storage_order``.
 
     Args:
         tensors: name, dtype and shape of each.

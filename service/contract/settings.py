@@ -92,7 +92,7 @@ class Connections(Frozen):
     def to_environment(self) -> dict[str, str]:
         """The variables that make these settings again, secrets in clear: for a child process, not for a log."""
         values = {name: getattr(self, name) for name in type(self).model_fields}
-        return {variable(name): _text(value) for name, value in values.items() if value not in (None, ())}
+        return {variable(name): _text(value) for name, value in values.items() if value is not None}
 
 
 def _split(text: str) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ def _text(value: object) -> str:
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(str, value)) or ","  # an empty variable would count as not set
     return str(value)
 
 

