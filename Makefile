@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+# The torch that is tested. Its plain version is locked, without what a build of it brings along: the package index that
+# is installed from decides between CPU and CUDA.
+TORCH := 2.13.0
 # The first that runs and is supported: a name on the path may be a shim for a version that is not installed.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c '$(IS_SUPPORTED)' 2>/dev/null && echo $$p && break; done)
@@ -34,8 +37,11 @@ fix: $(STAMP) ## repair what the linter and the formatter can repair
 	$(BIN)/ruff format
 
 lock: $(STAMP) ## make requirements.lock anew from pyproject.toml
-	$(BIN)/pip-compile --quiet --upgrade --all-extras --strip-extras --no-emit-index-url --no-emit-trusted-host \
-		--no-emit-find-links --output-file requirements.lock pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --upgrade --upgrade-package torch==$(TORCH) --all-extras \
+		--strip-extras --annotation-style=line --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+		--output-file requirements.lock pyproject.toml
+	sed -E -i.old -e 's/^(torch==[0-9.]+)[^ ]*/\1/' -e '/^(nvidia|cuda|triton)/d' requirements.lock
+	rm requirements.lock.old
 
 clean: ## remove caches, builds and the demo's results; .venv and the data of `make up` stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .catmerge/demo

@@ -31,6 +31,7 @@ from service.stores.checkpoints import read_checkpoint, read_header
 from service.stores.objects import Objects, refusals
 
 READERS = 8
+FileCheck = Callable[[Header, Checkpoint], list[str]]
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,9 @@ def _place_faults(recipe: Recipe, objects: Objects, prefix: str) -> list[Fault]:
     """What is wrong with where the result is to go."""
     pointer = "/output/prefix"
     faults: list[Fault] = []
-    inputs = {"/base": recipe.base, **{f"/tasks/{i}/checkpoint": t.checkpoint for i, t in enumerate(recipe.tasks)}}
-    for where, address in inputs.items():
-        folder = address if address.endswith(("/", ".safetensors")) else address + "/"
-        if prefix.startswith(folder) or folder.startswith(prefix):
+    for where, address in (_checkpoint_addresses(recipe) | file_addresses(recipe)).items():
+        place = address if address.endswith(("/", ".safetensors")) else address + "/"
+        if prefix.startswith(place) or place.startswith(prefix):
             detail = (
                 f"{prefix} lies inside the input {where} ({address}), or around it; a result never mixes with inputs"
             )
@@ -93,8 +93,7 @@ def _place_faults(recipe: Recipe, objects: Objects, prefix: str) -> list[Fault]:
 
 def _open(recipe: Recipe, objects: Objects, faults: list[Fault]) -> Opened:
     """Read all headers, several at a time; what can't be read becomes a fault."""
-    checkpoints = {"/base": recipe.base}
-    checkpoints |= {f"/tasks/{i}/checkpoint": task.checkpoint for i, task in enumerate(recipe.tasks)}
+    checkpoints = _checkpoint_addresses(recipe)
     files = file_addresses(recipe)
 
     def checkpoint(pointer: str) -> Checkpoint | None:
@@ -116,6 +115,12 @@ def _open(recipe: Recipe, objects: Objects, faults: list[Fault]) -> Opened:
     return Opened(read["/base"], tasks, headers)
 
 
+def _checkpoint_addresses(recipe: Recipe) -> dict[str, str]:
+    """The checkpoints that a recipe names, by JSON pointer."""
+    tasks = {f"/tasks/{i}/checkpoint": task.checkpoint for i, task in enumerate(recipe.tasks)}
+    return {"/base": recipe.base, **tasks}
+
+
 def file_addresses(recipe: Recipe) -> dict[str, str]:
     """The files that a recipe names beside its checkpoints, by JSON pointer."""
     found: dict[str, str] = {}
@@ -134,16 +139,21 @@ def file_addresses(recipe: Recipe) -> dict[str, str]:
 def _file_faults(recipe: Recipe, opened: Opened) -> list[Fault]:
     """What is wrong with exemplars, statistics, labeled samples and heads."""
     names = [task.name for task in recipe.tasks]
-    faults: list[Fault] = []
+    checks: dict[str, tuple[Checkpoint | None, FileCheck]] = {}
     for i, checkpoint in enumerate(opened.tasks):
-        if checkpoint is not None:
-            faults += _checked(opened, f"/tasks/{i}/exemplars", checkpoint, _exemplar_faults)
-            faults += _checked(opened, f"/tasks/{i}/statistics", checkpoint, _statistics_faults)
+        checks[f"/tasks/{i}/exemplars"] = checkpoint, _exemplar_faults
+        checks[f"/tasks/{i}/statistics"] = checkpoint, _statistics_faults
     for i, row in enumerate(recipe.evaluation.tasks if recipe.evaluation else ()):
         checkpoint = opened.tasks[names.index(row.task)]
-        if checkpoint is not None:
-            faults += _checked(opened, f"/evaluation/tasks/{i}/labeled", checkpoint, _labeled_faults)
-            faults += _checked(opened, f"/evaluation/tasks/{i}/head/weight", checkpoint, _head_faults)
+        checks[f"/evaluation/tasks/{i}/labeled"] = checkpoint, _labeled_faults
+        checks[f"/evaluation/tasks/{i}/head/weight"] = checkpoint, _head_faults
+    faults: list[Fault] = []
+    for pointer, address in file_addresses(recipe).items():
+        header = opened.files[pointer]
+        checkpoint, check = checks[pointer]
+        if header is not None and checkpoint is not None:
+            sentences = check(header, checkpoint)
+            faults += [Fault(pointer, ExemplarsDoNotFit.code, f"{address}: {sentence}") for sentence in sentences]
     return faults
 
 
@@ -167,16 +177,6 @@ def _labeled_faults(header: Header, checkpoint: Checkpoint) -> list[str]:
     if checkpoint.config is None:
         return [f"an evaluation needs the model to run, but {checkpoint.address} has no config.json beside it"]
     return labeled_faults(header.tensors, checkpoint.config)
-
-
-def _checked(
-    opened: Opened, pointer: str, checkpoint: Checkpoint, check: Callable[[Header, Checkpoint], list[str]]
-) -> list[Fault]:
-    header = opened.files.get(pointer)
-    if header is None:
-        return []
-    file = next((info.file for info in header.tensors.values()), "the file")
-    return [Fault(pointer, ExemplarsDoNotFit.code, f"{file}: {sentence}") for sentence in check(header, checkpoint)]
 
 
 @contextmanager

@@ -335,7 +335,7 @@ class CatmergeClient:
         return tuple(self._pages("/v1/treatments", {}))
 
     def ready(self) -> JsonObject:
-        """Whether the service can work: ``status`` is ready or not_ready, beside it what it needs. Asked once."""
+        """Whether the service can work: ``status`` is ready or not_ready, ``checks`` says why. Asked once."""
         request = self._http.build_request("GET", "/readyz")
         try:
             response = self._http.send(request)

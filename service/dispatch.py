@@ -14,13 +14,17 @@ from service.contract.stages import STAGES, PartMessage
 
 logger = logging.getLogger(__name__)
 
+# A submit does not wait for a broker that is away: kombu alone would try for 6 s.
+BRIEFLY = {"max_retries": 0, "socket_timeout": 2.0}
+
 
 class Dispatcher:
     """A send-only client of the broker."""
 
     def __init__(self, broker_url: str) -> None:
         self._app = Celery("catmerge", broker=broker_url, set_as_current=False)
-        self._app.conf.update(BROKER_SETTINGS)
+        options = {**BROKER_SETTINGS["broker_transport_options"], **BRIEFLY}
+        self._app.conf.update({**BROKER_SETTINGS, "broker_transport_options": options})
 
     def ring(self, messages: Sequence[PartMessage]) -> list[PartMessage]:
         """Send messages in order; returns those that the broker did not take. A broker that is down is no error."""

@@ -167,7 +167,7 @@ def check_api(url: str) -> Check:
             readiness = client.ready()
         except CatmergeError as error:
             return Check("API", State.NOTE, str(error), "start it: catmerge up, or python -m service.api")
-    troubles = [f"{part}: {said}" for part, said in readiness.items() if part != "status" and said != "ok"]
+    troubles = [f"{part}: {said}" for part, said in readiness["checks"].items() if said != "ok"]
     if readiness["status"] != "ready":
         return Check("API", State.BROKEN, f"{url} is not ready: {'; '.join(troubles)}")
     return Check("API", State.OK, f"{url} is ready{''.join(f'; {trouble}' for trouble in troubles)}")

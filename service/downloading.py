@@ -170,7 +170,7 @@ class Download:
                     return f"the store answered {response.status_code}"
                 if part.size and not _begins_at(response, part.size):
                     self._restart(part, file)
-                for chunk in response.iter_bytes(CHUNK_BYTES):
+                for chunk in response.iter_bytes():  # as they come: gathered ones would be lost with the line
                     self._take(part, file, chunk)
         except httpx.TransportError as error:
             return str(error) or type(error).__name__

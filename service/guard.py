@@ -22,6 +22,7 @@ from contextlib import suppress
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
+KILLED = 128  # plus the signal's number: the exit status of a process that was killed
 LOOK_SECONDS = 0.1
 
 
@@ -45,7 +46,7 @@ class Asked:
 
 
 def main() -> int:
-    """Run a process to its end or until asked to stop; the exit status is the process's."""
+    """Run a process to its end or until asked to stop; the exit status is the process's, as a shell would give it."""
     lifeline, grace_seconds, command = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
     asked = Asked(lifeline)
     # The guard has one thread, which makes preexec_fn safe here.
@@ -56,7 +57,7 @@ def main() -> int:
     while process.poll() is None and not asked.within(LOOK_SECONDS):
         pass
     _stop(process, grace_seconds)
-    return process.returncode
+    return process.returncode if process.returncode >= 0 else KILLED - process.returncode
 
 
 def _before() -> None:

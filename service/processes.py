@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO, cast
 
 LOOK_SECONDS = 0.1
 GUARD_SECONDS = 5.0  # what a guard needs on top of its process's grace
@@ -21,6 +22,7 @@ RESTARTS = 5
 LONGEST_PAUSE_SECONDS = 10.0
 UNUSABLE_SETTINGS = 2  # the exit status of our programs where a setting can't be used: trying again is no use
 LOG_TAIL_BYTES = 2000
+KILLED = 128  # a guard's exit status is this plus the signal's number where its process was killed
 GUARD = Path(__file__).with_name("guard.py")
 LOCK = "up.lock"
 
@@ -129,7 +131,8 @@ class Process:
         self.pid = self._read_pid()
 
     def _read_pid(self) -> int:
-        line = self._guard.stdout.readline() if self._guard.stdout else b""
+        with cast(IO[bytes], self._guard.stdout) as told:
+            line = told.readline()
         if not line.strip().isdigit():
             self._guard.wait()
             raise UpError(f"The {self.program.name} could not be started.\n{self.last_words()}")
@@ -147,7 +150,6 @@ class Process:
             self._restart_at = self._plan_restart(say)
         if time.monotonic() < self._restart_at:
             return False
-        self._close()
         self._start()
         return True
 
@@ -157,7 +159,7 @@ class Process:
         self._failures += 1
         status = self._guard.returncode
         if self._failures > RESTARTS or status == UNUSABLE_SETTINGS:
-            raise UpError(f"The {self.program.name} does not stay up: {_ended(status)}.\n{self.last_words()}")
+            raise UpError(f"The {self.program.name} does not stay up: it {_ended(status)}.\n{self.last_words()}")
         pause = min(0.25 * 2.0**self._failures, LONGEST_PAUSE_SECONDS)
         say(f"The {self.program.name} {_ended(status)}; it starts again in {pause:.1f} s (see {self.log})")
         return time.monotonic() + pause
@@ -183,11 +185,6 @@ class Process:
                 os.killpg(self.pid, signal.SIGKILL)
             self._guard.kill()
         self._guard.wait()
-        self._close()
-
-    def _close(self) -> None:
-        if self._guard.stdout:
-            self._guard.stdout.close()
 
 
 @contextmanager
@@ -213,6 +210,8 @@ def is_alive(pid: int) -> bool:
 
 
 def _ended(status: int) -> str:
-    if status < 0:
-        return f"was killed by {signal.Signals(-status).name}"
+    """An exit status in words; the guard's own death counts as its process's."""
+    number = -status if status < 0 else status - KILLED
+    if number in set(signal.Signals):
+        return f"was killed by {signal.Signals(number).name}"
     return f"ended with status {status}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from tests.workers.tiny_models import IMAGE, TEXT, build, configuration, pixels, tokens
@@ -107,10 +107,15 @@ def _labeled(expert: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**inputs, "labels": answers}
 
 
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A file's tensors in memory of their own, so that the file may be written over."""
+    return load(file.read_bytes())
+
+
 def change_tensors(folder: Path, change: Change) -> Path:
     """Change a checkpoint's tensors in place; returns the file."""
     file = folder / WEIGHTS
-    tensors = load_file(file)
+    tensors = read_tensors(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
     return file

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 from service.contract import artifacts
 from service.contract.parts import Claim
+from service.contract.plan import Plan
+from service.contract.stages import Stage
 from service.stores.objects import Objects
+from workers.work import PLAN_LIMIT_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -18,13 +22,26 @@ def remove_scratch(objects: Objects, workspace: str, job_id: str) -> None:
 
 
 def remove_outputs(objects: Objects, claim: Claim, workspace: str) -> None:
-    """Delete what a failed job left under its prefix, best effort: without a manifest nothing there is a result.
+    """Delete what a failed job wrote under its prefix, best effort: without a manifest nothing there is a result.
 
-    Admission saw the prefix empty, or the recipe said to overwrite, so all of it is the job's own.
+    Only what its plan names: a recipe that may overwrite can point at a folder with other people's files in it.
     """
     try:
-        for info in list(objects.list(claim.prefix)):
-            objects.delete(info.address)
+        # A job that failed at planning has written nothing, and an earlier result there is still whole.
+        if claim.stage is not Stage.PLAN:
+            plan = Plan.model_validate_json(objects.read_all(claim.prefix + artifacts.PLAN, PLAN_LIMIT_BYTES))
+            for name in _names(plan):
+                objects.delete(claim.prefix + name)
         remove_scratch(objects, workspace, claim.job_id)
-    except Exception:  # the job has failed already; what is left is swept with its record
+    except Exception:  # the job has failed already; what is left is no result, and goes with its record
         logger.exception("Could not remove what %s left under %s", claim.job_id, claim.prefix)
+
+
+def _names(plan: Plan) -> Iterator[str]:
+    """Everything that a job with this plan may have written, the plan itself last."""
+    for index, shard in enumerate(plan.shards):
+        yield from (shard.file, artifacts.removed(index))
+    yield from (artifacts.head(head.task) for head in plan.heads)
+    yield from (file.address.rpartition("/")[2] for file in plan.side_files)
+    yield from (artifacts.INDEX, artifacts.MODEL_CARD, artifacts.TRIM_LOG)
+    yield from (artifacts.REPORT_JSON, artifacts.REPORT_HTML, artifacts.RECIPE, artifacts.PLAN)

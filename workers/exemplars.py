@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from service.contract.errors import BadInput
+
+
+@contextmanager
+def naming(address: str) -> Iterator[None]:
+    """Put the file's address before what is wrong with the samples in it."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{address}: {error.detail}", tensor=error.tensor) from error
 
 
 def refuse_misfits(model: Any, inputs: Mapping[str, Tensor]) -> None:
@@ -25,6 +35,8 @@ def refuse_misfits(model: Any, inputs: Mapping[str, Tensor]) -> None:
         _check_values(name, values)
     if "input_ids" in inputs:
         _check_tokens(model, inputs)
+    if "decoder_input_ids" in inputs:
+        _check_decoder_tokens(model, inputs)
     if "pixel_values" in inputs:
         _check_pixels(model, inputs["pixel_values"])
 
@@ -78,18 +90,28 @@ def _check_tokens(model: Any, inputs: Mapping[str, Tensor]) -> None:
         _check_mask(inputs["attention_mask"], ids)
 
 
-def _check_mask(mask: Tensor, ids: Tensor) -> None:
-    _check_same_shape("attention_mask", mask, ids)
+def _check_decoder_tokens(model: Any, inputs: Mapping[str, Tensor]) -> None:
+    ids, config = inputs["decoder_input_ids"], model.config.get_text_config(decoder=True)
+    if ids.dim() != 2 or ids.is_floating_point() or not ids.shape[1]:
+        raise BadInput(f"the input 'decoder_input_ids' is {_described(ids)}; it must be integers of shape [n, length]")
+    _check_range("decoder_input_ids", ids, getattr(config, "vocab_size", None))
+    if "decoder_attention_mask" in inputs:
+        _check_mask(inputs["decoder_attention_mask"], ids, "decoder_")
+
+
+def _check_mask(mask: Tensor, ids: Tensor, prefix: str = "") -> None:
+    name = f"{prefix}attention_mask"
+    _check_same_shape(name, mask, ids, f"{prefix}input_ids")
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise BadInput("the input 'attention_mask' has values other than 0 and 1")
+        raise BadInput(f"the input {name!r} has values other than 0 and 1")
     empty = (mask != 0).sum(1) == 0
     if bool(empty.any()):
-        raise BadInput(f"sample {int(empty.nonzero()[0])} has no attended position in 'attention_mask'")
+        raise BadInput(f"sample {int(empty.nonzero()[0])} has no attended position in {name!r}")
 
 
-def _check_same_shape(name: str, values: Tensor, ids: Tensor) -> None:
+def _check_same_shape(name: str, values: Tensor, ids: Tensor, of: str = "input_ids") -> None:
     if values.shape != ids.shape:
-        raise BadInput(f"the input {name!r} is {_described(values)}; it must have input_ids' shape {list(ids.shape)}")
+        raise BadInput(f"the input {name!r} is {_described(values)}; it must have {of}' shape {list(ids.shape)}")
 
 
 def _check_range(name: str, values: Tensor, size: int | None) -> None:
@@ -150,5 +172,15 @@ def refuse_if_model_does(model: nn.Module, sample: Mapping[str, Tensor]) -> None
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(
             f"{type(model).__name__} can't take only {', '.join(sample)} as they are: {error} "
-            f"(its inputs are {', '.join(_arguments(model))})"
+            f"(its inputs are {', '.join(_arguments(model))}){_hint(model, sample)}"
         ) from error
+
+
+def _hint(model: nn.Module, sample: Mapping[str, Tensor]) -> str:
+    """What a sequence-to-sequence model usually lacks: labels stay out of exemplars, so nothing stands in for them."""
+    if "decoder_input_ids" not in _arguments(model) or "decoder_input_ids" in sample:
+        return ""
+    return (
+        ". Bring 'decoder_input_ids' [n, length] too: the decoder's start token, and the target's tokens where there "
+        "are any; with 'decoder_attention_mask' where they are padded"
+    )

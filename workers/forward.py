@@ -14,16 +14,13 @@ from torch.nn import functional
 from transformers.utils import logging as transformers_logging
 
 from service.contract.errors import BadInput, UnsupportedArchitecture
-from service.contract.roles import Parameter
-from service.contract.treatments import Role
 from workers.exemplars import refuse_if_model_does, refuse_misfits
-from workers.observing import Batch, Call, observe
-from workers.skeleton import Skeleton, build_empty, building, owner_of, place, read_config, tied_source
+from workers.hooks import Watcher
+from workers.positions import masks_of_calls
+from workers.skeleton import Skeleton, build_empty, building, find_places, read_config
 from workers.statistics import Statistic
 
 Progress = Callable[[int, int], None]
-
-WATCHED_ROLES = frozenset({Role.LINEAR, Role.CONVOLUTION, Role.EMBEDDING, Role.SCALE})
 
 
 def load_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | str) -> nn.Module:
@@ -56,7 +53,7 @@ def load_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
 
 def _refuse_misloaded(model: nn.Module, tensors: Mapping[str, Tensor], loading: Mapping[str, Any]) -> None:
     kind = type(model).__name__
-    names = {memory: name for name, memory in place(model, tensors).items()}
+    names = {place.memory_name: name for name, place in find_places(model, tensors).items()}
     for memory, found, expected in sorted(loading["mismatched_keys"]):
         name = names.get(memory, memory)
         raise BadInput(f"{name} has shape {list(found)}, and {kind} needs {list(expected)}", tensor=name)
@@ -115,92 +112,21 @@ def watch_inputs(
     """Send samples through ``model`` and gather the statistic that each wanted parameter's role needs.
 
     ``inputs`` are ``[n, ...]`` by forward argument, ``wanted`` names as the checkpoint has them. Rows are positions;
-    where there is an ``attention_mask``, padding is none. ``on_progress`` gets the samples done and their number after
-    every batch, and may raise. A parameter whose inputs were never seen, or whose kind of input can't be stated as a
-    second moment (grouped convolutions), is absent from the result.
+    where there is an ``attention_mask`` or a ``decoder_attention_mask``, the positions it leaves out are none.
+    ``on_progress`` gets the samples done and their number after every batch, and may raise. A parameter whose inputs
+    were never seen, or whose kind of input can't be stated as a second moment (grouped convolutions), is absent from
+    the result.
     """
-    watcher = _Watcher(model, skeleton, wanted)
+    watcher = Watcher(model, skeleton, wanted)
     total = len(next(iter(inputs.values())))
     done = 0
     with torch.no_grad(), watcher.hooked():
+        masks = masks_of_calls(inputs, lambda sample: watcher.measure(_fitted(sample, _device(model))))
         for batch in _batches(inputs, batch_size, _device(model)):
-            samples = len(next(iter(batch.values())))
-            watcher.begin(Batch(samples, batch.get("attention_mask")))
-            model(**batch)
-            done += samples
+            watcher.run(batch, masks)
+            done += len(next(iter(batch.values())))
             on_progress(done, total)
     return {name: _on_cpu(statistic) for name, statistic in watcher.statistics.items()}
-
-
-class _Watcher:
-    """Hooks on the modules that own the wanted parameters, and what they have seen so far."""
-
-    def __init__(self, model: nn.Module, skeleton: Skeleton, wanted: set[str] | frozenset[str]) -> None:
-        self.statistics: dict[str, Statistic] = {}
-        self._model = model
-        self._skeleton = skeleton
-        self._wanted = sorted(wanted)
-        self._batch = Batch(0, None)
-        self._is_looking = False
-        self._latest: tuple[Tensor, int, Statistic | None, Statistic | None] | None = None
-
-    def begin(self, batch: Batch) -> None:
-        """The next calls belong to ``batch``."""
-        self._batch = batch
-        self._latest = None
-
-    @contextlib.contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Watches while entered."""
-        with contextlib.ExitStack() as stack:
-            for name in self._wanted:
-                for module, attribute in self._owners(name):
-                    hook = self._hook(name, attribute, self._skeleton.parameters[name])
-                    stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-            yield
-
-    def _owners(self, name: str) -> list[tuple[nn.Module, str]]:
-        """The modules whose inputs meet this parameter in this role: several where a table is shared."""
-        memory = self._skeleton.memory_names.get(name)
-        parameter = self._skeleton.parameters.get(name)
-        if memory is None or parameter is None or parameter.role not in WATCHED_ROLES:
-            return []
-        _, attribute, source = owner_of(self._model, tied_source(self._model, memory))
-        values = getattr(source, attribute)
-        return [
-            (module, attribute)
-            for module in self._model.modules()
-            if module is source or (type(module) is type(source) and getattr(module, attribute, None) is values)
-        ]
-
-    def _hook(self, name: str, attribute: str, parameter: Parameter) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._is_looking:  # finding the input of a scale calls the module again
-                return
-            self._is_looking = True
-            try:
-                self._see(name, attribute, parameter.role, Call(module, args, kwargs))
-            finally:
-                self._is_looking = False
-
-        return see
-
-    def _see(self, name: str, attribute: str, role: Role, call: Call) -> None:
-        before = self.statistics.get(name)
-        after = self._shared(call.input, before) if role is Role.LINEAR else None
-        if after is None:
-            after = observe(call, attribute, role, self._batch, before)
-        if role is Role.LINEAR and call.input is not None:
-            self._latest = (call.input, call.input._version, before, after)
-        if after is not None:
-            self.statistics[name] = after
-
-    def _shared(self, x: Tensor | None, before: Statistic | None) -> Statistic | None:
-        """The last answer, where the last linear layer had the very same input and past: query, key and value do."""
-        if self._latest is None or x is None:
-            return None
-        seen, version, past, after = self._latest
-        return after if seen is x and version == x._version and past is before else None
 
 
 def class_scores(model: nn.Module, inputs: Mapping[str, Tensor], batch_size: int) -> Tensor:
@@ -260,7 +186,11 @@ def _pooled(hidden: Tensor, mask: Tensor | None, pooling: Literal["cls", "mean"]
 def _batches(inputs: Mapping[str, Tensor], batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
     total = len(next(iter(inputs.values())))
     for start in range(0, total, batch_size):
-        yield {name: _fit(values[start : start + batch_size]).to(device) for name, values in inputs.items()}
+        yield _fitted({name: values[start : start + batch_size] for name, values in inputs.items()}, device)
+
+
+def _fitted(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: _fit(values).to(device) for name, values in inputs.items()}
 
 
 def _fit(values: Tensor) -> Tensor:

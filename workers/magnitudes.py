@@ -1,9 +1,47 @@
-"""Finds how large the largest entries of a tensor are, without sorting it."""
+"""Finds which entries of a tensor are its largest, without sorting it."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the largest entries of a tensor end: those above ``value``, and the first ``tied`` that equal it."""
+
+    value: float
+    tied: int
+
+
+NOTHING = Cut(math.inf, 0)
+EVERYTHING = Cut(-1.0, 0)
+
+
+def share_of(share: float, count: int, *, least: int = 0) -> int:
+    """A ``share`` of ``count`` entries, rounded half up, ``least`` of them at least."""
+    return min(count, max(least, math.floor(share * count + 0.5)))
+
+
+def cut_at(sizes: Tensor, count: int) -> Cut:
+    """The cut that leaves the ``count`` largest of ``sizes [n]``, which are not negative; ties to the lower index."""
+    if count <= 0:
+        return NOTHING
+    if count >= sizes.numel():
+        return EVERYTHING
+    value = kth_largest(sizes, count)
+    return Cut(float(value), count - int((sizes > value).sum()))
+
+
+def above(sizes: Tensor, cut: Cut) -> Tensor:
+    """Which of ``sizes [n]`` a cut leaves: booleans ``[n]``."""
+    kept = sizes > cut.value
+    if cut.tied:
+        kept[(sizes == cut.value).nonzero().flatten()[: cut.tied]] = True
+    return kept
 
 
 def kth_largest(sizes: Tensor, count: int) -> Tensor:

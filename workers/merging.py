@@ -16,7 +16,8 @@ from service.contract.recipe import Recipe
 from service.contract.treatments import Keep, Projection, ScaleMask, ShiftMask
 from service.contract.treatments import Statistic as Kind
 from workers.layout import as_matrix, from_matrix
-from workers.methods import merge
+from workers.magnitudes import Cut
+from workers.methods import Context, merge
 from workers.proxies import proxy_squares, proxy_statistic
 from workers.statistics import Statistic
 from workers.tensors import DTYPES
@@ -39,10 +40,12 @@ def merge_tensor(
     experts: Sequence[Tensor],
     statistics: Sequence[Statistic | None],
     device: str,
+    cuts: Sequence[Sequence[Cut]] = (),
 ) -> Merged:
     """W0 + the method's update of the trimmed task vectors, in float32 (float64 where the base is), rounded once.
 
-    ``experts`` and ``statistics`` come in the recipe's order of tasks.
+    ``experts``, ``statistics`` and ``cuts`` come in the recipe's order of tasks; ``cuts`` are what a survey found for
+    this tensor, where the method asks for one.
 
     Raises:
         BadTensor: a checkpoint holds NaN or infinity here, or the result overflows its type.
@@ -52,9 +55,20 @@ def merge_tensor(
     vectors = [expert.to(device, compute) - start for expert in experts]
     _refuse_non_finite(plan, recipe, start, vectors)
     trimmed, treatment, reason = _trim(plan, recipe, vectors, statistics)
-    update = merge(trimmed.task_vectors, [task.weight for task in recipe.tasks], recipe.method)
+    method = plan.method or recipe.method
+    context = Context(
+        parameter=plan.name,
+        role=plan.role,
+        transposed=plan.transposed,
+        base=start,
+        tasks=[task.name for task in recipe.tasks],
+        statistics=statistics,
+        seed=recipe.seed,
+        cuts=cuts,
+    )
+    update = merge(trimmed.task_vectors, [task.weight for task in recipe.tasks], method, context)
     tensor = (start + update).to(DTYPES[plan.dtype])
-    if not torch.isfinite(tensor).all():
+    if not is_finite(tensor):
         raise BadTensor(
             f"the merged {plan.name!r} does not fit into {plan.dtype}: it overflows. Lower method.scaling, or choose "
             "a wider output.dtype",
@@ -65,15 +79,24 @@ def merge_tensor(
 
 
 def _refuse_non_finite(plan: TensorPlan, recipe: Recipe, start: Tensor, vectors: Sequence[Tensor]) -> None:
-    if not torch.isfinite(start).all():
-        raise BadTensor(f"the base holds NaN or infinity in {plan.name!r}; merge finite checkpoints", tensor=plan.name)
     for task, vector in zip(recipe.tasks, vectors, strict=True):
-        if not torch.isfinite(vector).all():
+        if is_finite(vector):
+            continue
+        if not is_finite(start):
             raise BadTensor(
-                f"task {task.name!r} holds NaN or infinity in {plan.name!r} ({task.checkpoint}); merge finite "
-                "checkpoints",
+                f"the base holds NaN or infinity in {plan.name!r} ({recipe.base}); merge finite checkpoints",
                 tensor=plan.name,
             )
+        raise BadTensor(
+            f"task {task.name!r} holds NaN or infinity in {plan.name!r} ({task.checkpoint}); merge finite checkpoints",
+            tensor=plan.name,
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor infinity. Either would reach the sum, which takes one pass and no memory."""
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def _trim(
@@ -102,7 +125,7 @@ def _known(
     plan: TensorPlan, recipe: Recipe, shaped: Sequence[Tensor], statistics: Sequence[Statistic | None]
 ) -> list[Statistic | None]:
     """The statistics that the treatment needs: the tasks' own, or proxies where no task brings any."""
-    method = recipe.method
+    method = plan.method or recipe.method
     if recipe.has_features or not isinstance(method, Cat):
         return list(statistics)
     if isinstance(plan.treatment, Projection):

@@ -22,7 +22,7 @@ class Facts:
     plan: Plan
     metrics: dict[str, Any] | None
     gates: list[dict[str, Any]]
-    trimmed: dict[str, dict[str, float]]
+    trimmed: dict[str, dict[str, float | None]]
     so_far: SoFar
     files: tuple[Artifact, ...]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +14,16 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Chunk, Split, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    Split,
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    rename_source_key,
+)
 from transformers.pytorch_utils import Conv1D
 
 from service.contract.errors import UnsupportedArchitecture
@@ -21,6 +32,8 @@ from service.contract.treatments import Role
 
 CHANNELS_SECOND = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# What a residual branch is multiplied with, where no module of its own does it.
+LAYER_SCALE = re.compile(r"^(layer_scale(_parameter)?|lambda_?\d*|gamma_?\d*)$")
 
 # While it builds a model, transformers patches functions of torch for the whole process: one build at a time.
 building = threading.Lock()
@@ -67,12 +80,22 @@ class Skeleton:
     """What each tensor of one checkpoint is, by its name in the checkpoint.
 
     ``memory_names`` gives the name of the model's own parameter for every tensor that the model could place; names in
-    memory differ from names in the file where transformers renames on loading. ``warnings`` are sentences for people.
+    memory differ from names in the file where transformers renames on loading. ``experts`` gives the number of the
+    expert for tensors that loading stacks into one ``[experts, ...]``. ``warnings`` are sentences for people.
     """
 
     parameters: Mapping[str, Parameter]
     memory_names: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    experts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint's tensor goes in memory, and as which expert's part where loading stacks experts."""
+
+    memory_name: str
+    expert: int | None = None
 
 
 def read_skeleton(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> Skeleton:
@@ -91,14 +114,16 @@ def read_skeleton(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ..
 
 def describe(model: nn.Module, tensors: Mapping[str, tuple[int, ...]]) -> Skeleton:
     """As ``read_skeleton``, for a model that is already built (weights do not matter)."""
-    memory_names = place(model, tensors)
+    places = find_places(model, tensors)
+    memory_names = {name: place.memory_name for name, place in places.items()}
     tied = _tied_names(model, memory_names)
     parameters: dict[str, Parameter] = {}
     for name, shape in tensors.items():
-        described = _describe_one(model, name, memory_names.get(name), shape)
+        described = _describe_one(model, name, places.get(name), shape)
         parameters[name] = replace(described, tied_to=tied.get(name))
     unplaced = [name for name in tensors if name not in memory_names]
-    return Skeleton(parameters, memory_names, _warn_of(type(model).__name__, unplaced))
+    experts = {name: place.expert for name, place in places.items() if place.expert is not None}
+    return Skeleton(parameters, memory_names, _warn_of(type(model).__name__, unplaced), experts)
 
 
 def build_empty(config: Mapping[str, Any]) -> nn.Module:
@@ -157,31 +182,49 @@ def _tamed(value: Any) -> Any:
     return value
 
 
-def place(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint name -> name in memory, by transformers' own rules for loading.
+def find_places(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
+    """Where each tensor of a checkpoint goes in memory, by transformers' own rules for loading.
 
-    A packed tensor that is cut into several on loading goes by the first of them, whose inputs are its inputs.
-    Tensors that are put together from several on loading (experts) can't be placed one by one.
+    A packed tensor that is cut into several on loading goes by the first of them, whose inputs are its inputs. Experts
+    that are stacked on loading keep their number. Other tensors that are put together from several have no place.
     """
     conversions = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [step for step in conversions if isinstance(step, WeightRenaming)]
     converters = [step for step in conversions if isinstance(step, WeightConverter)]
-    packed = {
-        pattern
-        for step in converters
-        if all(isinstance(operation, Chunk | Split) and operation.dim == 0 for operation in step.operations)
-        for pattern in step.source_patterns
-    }
+    packed = {pattern for step in converters if _cuts_rows(step) for pattern in step.source_patterns}
+    stacked = {pattern for step in converters if _stacks_experts(step) for pattern in step.source_patterns}
     prefix: Any = model.base_model_prefix
     known = model.state_dict()
-    placed: dict[str, str] = {}
+    placed: dict[str, Place] = {}
     for name in names:
         found, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if found not in known and name in known:  # as transformers does: a name that is already right stays
             found, pattern = rename_source_key(name, [], [], prefix, known)
-        if found in known and (pattern is None or pattern in packed):
-            placed[name] = found
+        if found not in known:
+            continue
+        if pattern is None or pattern in packed:
+            placed[name] = Place(found)
+        elif pattern in stacked:
+            placed[name] = Place(found, _expert_of(apply_renamings(name, renamings), pattern))
     return placed
+
+
+def _cuts_rows(step: WeightConverter) -> bool:
+    return all(isinstance(operation, Chunk | Split) and operation.dim == 0 for operation in step.operations)
+
+
+def _stacks_experts(step: WeightConverter) -> bool:
+    """Whether loading only stacks the experts' matrices, and puts gate and up one above the other."""
+    first, *rest = step.operations
+    is_stack = isinstance(first, MergeModulelist) and first.dim == 0
+    return is_stack and all(isinstance(operation, Concatenate) and operation.dim == 1 for operation in rest)
+
+
+def _expert_of(name: str, pattern: str) -> int | None:
+    """The number that stands where a pattern like ``.experts.*.w1.weight`` has its star."""
+    before, _, after = pattern.partition("*")
+    found = re.search(f"{re.escape(before)}([0-9]+){re.escape(after)}", name)
+    return int(found[1]) if found else None
 
 
 def _tied_names(model: Any, memory_names: Mapping[str, str]) -> dict[str, str]:
@@ -195,11 +238,12 @@ def _tied_names(model: Any, memory_names: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _describe_one(model: Any, name: str, memory_name: str | None, shape: tuple[int, ...]) -> Parameter:
-    if memory_name is None:
+def _describe_one(model: Any, name: str, place: Place | None, shape: tuple[int, ...]) -> Parameter:
+    if place is None:
         return guess_parameter(name, shape)
-    memory_name = tied_source(model, memory_name)
-    owner, attribute, module = owner_of(model, memory_name)
+    owner, attribute, module = owner_of(model, tied_source(model, place.memory_name))
+    if place.expert is not None:
+        return Parameter(Role.LINEAR, transposed=stores_experts_transposed(module))
     own_shape = tuple(getattr(module, attribute).shape)
     if len(own_shape) != len(shape):
         return guess_parameter(name, shape)
@@ -222,13 +266,17 @@ def owner_of(model: nn.Module, memory_name: str) -> tuple[str, str, nn.Module]:
 
 def _from_module(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> Parameter | None:
     """What a parameter is to a module of a kind we know; None says that we don't."""
-    if attribute == "bias" and len(shape) == 1:
+    if attribute == "bias" and shape and prod(shape) == shape[-1]:
         return Parameter(Role.SHIFT)
-    if is_scale(module, attribute, len(shape)):
+    if is_scale(module, attribute, shape):
         return Parameter(Role.SCALE)
+    if is_experts(module):
+        return Parameter(Role.SHIFT) if attribute.endswith("_bias") else None
+    if isinstance(module, nn.MultiheadAttention):
+        return _from_attention(attribute)
     if attribute != "weight":
         return None
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or (is_router(module) and len(shape) == 2):
         return Parameter(Role.LINEAR)
     if isinstance(module, Conv1D):
         return Parameter(Role.LINEAR, transposed=True)
@@ -239,19 +287,48 @@ def _from_module(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> P
     return None
 
 
-def is_scale(module: nn.Module, attribute: str, rank: int) -> bool:
+def _from_attention(attribute: str) -> Parameter | None:
+    """torch's own attention: query, key and value in one matrix, or, where their widths differ, in one each."""
+    if attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        return Parameter(Role.LINEAR)
+    return Parameter(Role.SHIFT) if attribute in ("in_proj_bias", "bias_k", "bias_v") else None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds stacked experts in the way that transformers' ``use_experts_implementation`` marks."""
+    return "is_transposed" in vars(module) and "has_gate" in vars(module) and "down_proj" in module._parameters
+
+
+def stores_experts_transposed(module: nn.Module) -> bool:
+    """Whether experts are stacked as ``[experts, in, out]``."""
+    return bool(vars(module).get("is_transposed", False))
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module scores experts with a matrix of its own."""
+    return type(module).__name__.endswith(("Router", "Gate")) and "weight" in module._parameters
+
+
+def is_scale(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> bool:
     """Whether a parameter multiplies its module's input, normalized or not, one factor per channel."""
-    kind = type(module).__name__
-    if rank != 1 or attribute == "bias":
+    if not shape or prod(shape) != shape[-1] or attribute == "bias":
         return False
-    if kind.endswith("LayerScale"):
+    if type(module).__name__.endswith("LayerScale") or LAYER_SCALE.search(attribute):
         return True
-    is_norm = isinstance(module, (nn.LayerNorm, *CHANNELS_SECOND)) or kind.endswith(("RMSNorm", "LayerNorm"))
-    return is_norm and attribute == "weight"
+    return is_scaling_module(module) and attribute == "weight"
+
+
+def is_scaling_module(module: nn.Module) -> bool:
+    """Whether all that a module's own parameters do is to scale and shift what it computes from its input."""
+    kind = type(module).__name__
+    is_norm = isinstance(module, (nn.LayerNorm, *CHANNELS_SECOND))
+    return is_norm or kind.endswith(("RMSNorm", "LayerNorm", "GRN", "LayerScale"))
 
 
 def _bare(memory_name: str, shape: tuple[int, ...]) -> Parameter:
     """A parameter that a module holds itself: tokens and tables of positions are known by their names."""
+    if memory_name.endswith("relative_position_bias_table"):  # by this name buffers are skipped, but this is none
+        return Parameter(Role.EMBEDDING, transposed=True)
     role = guess_role(memory_name, shape)
     if role is Role.EMBEDDING and is_table(shape):
         return Parameter(role, transposed=True)

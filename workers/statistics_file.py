@@ -40,6 +40,7 @@ def write_statistics(objects: Objects, prefix: str, name: str, statistics: Mappi
 class StatisticsReading:
     """Statistics of some parameters that are being read."""
 
+    address: str
     reading: Reading
     rows: Mapping[str, int]
 
@@ -49,7 +50,8 @@ class StatisticsReading:
         for key, tensor in self.reading.wait().items():
             parameter, _, kind = key.rpartition(".")
             if not torch.isfinite(tensor).all():
-                raise BadTensor(f"the statistics of {parameter!r} hold NaN or infinity", tensor=parameter)
+                detail = f"{self.address}: the statistics of {parameter!r} hold NaN or infinity"
+                raise BadTensor(detail, tensor=parameter)
             form = {"factor": tensor} if f".{kind}" == FACTOR else {"diagonal": tensor}
             found[parameter] = Statistic(rows=self.rows[parameter], **form)
         return found
@@ -72,7 +74,7 @@ class StatisticsFile:
         """Begin to read what there is about these parameters."""
         keys = [name + form for name in parameters if name in self._rows for form in (FACTOR, DIAGONAL)]
         present = [key for key in keys if key in self._file.tensors]
-        return StatisticsReading(self._reader.start(self._file, present), self._rows)
+        return StatisticsReading(self._file.address, self._reader.start(self._file, present), self._rows)
 
 
 def _read_rows(reader: TensorReader, file: Checkpoint) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from service.stores.objects import Objects, ObjectWriter, failures
 SPAN_BYTES = 16 << 20  # one read: larger costs memory, smaller costs requests
 GAP_BYTES = 256 << 10  # reading over a gap this small is cheaper than another request
 READERS = 8
+WRITE_BEHIND_BYTES = 64 << 20  # merged tensors that wait to be written, beside the one being written
 COPY_BYTES = 8 << 20
 
 DTYPES: dict[str, torch.dtype] = {
@@ -160,18 +162,21 @@ def _carve(buffer: Tensor, info: TensorInfo, start: int) -> Tensor:
 
 
 class TensorWriter:
-    """Streams tensors into one safetensors file in the order of its header, hashing on the way.
+    """Streams tensors into one safetensors file in the order of its header; a thread hashes and writes.
 
     Nothing is visible before ``commit``; leaving without it writes nothing.
     """
 
     def __init__(self, objects: Objects, address: str, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
-        self._expected = list(tensors.items())
+        self._expected = deque(tensors.items())
         self._writer = _opened(objects, address + name, media_type(name))
         self._name = name
         self._sha256 = hashlib.sha256()
         self._size = 0
-        self._write(write_header([(name, dtype, shape) for name, (dtype, shape) in self._expected]))
+        self._behind = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._pending: deque[tuple[Future[None], int]] = deque()
+        self._pending_bytes = 0
+        self._send(memoryview(write_header([(name, dtype, shape) for name, (dtype, shape) in self._expected])))
 
     def __enter__(self) -> Self:
         return self
@@ -179,21 +184,26 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._behind.shutdown(cancel_futures=True)
         self._writer.abort()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor; it must be the one that the header names next, with its type and shape."""
+        """Take the next tensor; it must be the one that the header names next, with its type and shape.
+
+        The tensor must not be changed afterwards. Raises what writing an earlier one raised.
+        """
         if not self._expected:
             raise WorkerError(f"{self._name}: one tensor too many: {name!r}", tensor=name)
-        expected, (dtype, shape) = self._expected.pop(0)
+        expected, (dtype, shape) = self._expected.popleft()
         if (name, NAMES[tensor.dtype], tuple(tensor.shape)) != (expected, dtype, tuple(shape)):
             raise WorkerError(f"{self._name}: {name!r} where {expected!r}, {dtype}, {shape} was to come", tensor=name)
-        self._write(as_bytes(tensor))
+        self._send(as_bytes(tensor))
 
     def commit(self) -> Artifact:
         """Make the file visible, whole. Raises WorkerError where tensors are missing, StorageFailure."""
         if self._expected:
             raise WorkerError(f"{self._name}: {len(self._expected)} tensors were never written")
+        self._wait(leave_bytes=0)
         with failures():
             self._writer.commit()
         return Artifact(
@@ -204,12 +214,18 @@ class TensorWriter:
             sha256=self._sha256.hexdigest(),
         )
 
-    @property
-    def size(self) -> int:
-        """Bytes written so far."""
-        return self._size
+    def _send(self, data: memoryview) -> None:
+        self._wait(leave_bytes=WRITE_BEHIND_BYTES)
+        self._pending.append((self._behind.submit(self._write, data), len(data)))
+        self._pending_bytes += len(data)
 
-    def _write(self, data: bytes | memoryview) -> None:
+    def _wait(self, *, leave_bytes: int) -> None:
+        while self._pending and self._pending_bytes > leave_bytes:
+            written, size = self._pending.popleft()
+            written.result()
+            self._pending_bytes -= size
+
+    def _write(self, data: memoryview) -> None:
         with failures():
             self._writer.write(data)
         self._sha256.update(data)

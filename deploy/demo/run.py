@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -89,7 +89,7 @@ def service(data: Path) -> Iterator[str]:
     # Settings of another catmerge must not leak into the demo.
     environment = {name: text for name, text in os.environ.items() if not name.startswith("CATMERGE_")}
     with lifeline() as line:
-        process = Process(program, environment, data / "up.log", line)
+        process = Process(program, environment, data / "logs" / "up.log", line)
         try:
             yield wait_until_up(process, data)
         finally:
@@ -260,10 +260,21 @@ def run(url: str) -> None:
     show_cost(final, places)
 
 
-def keep_logs(data: Path) -> None:
-    """The logs outlive the service's folder."""
-    shutil.rmtree(OUT / "logs", ignore_errors=True)
-    shutil.copytree(data / "logs", OUT / "logs", dirs_exist_ok=True)
+@contextmanager
+def fresh_folder() -> Iterator[Path]:
+    """Where the service keeps everything while the demo runs; only its logs stay. Raises DemoError."""
+    data, logs = OUT / "service", OUT / "logs"
+    other = running(data)
+    if other is not None:
+        raise DemoError(f"Another demo is running here, or still stopping (process {other['pid']}): try again later.")
+    shutil.rmtree(data, ignore_errors=True)
+    (data / "logs").mkdir(parents=True)
+    try:
+        yield data
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
+        shutil.move(data / "logs", logs)
+        shutil.rmtree(data, ignore_errors=True)
 
 
 def leave(_signal: int, _frame: FrameType | None) -> NoReturn:
@@ -273,20 +284,17 @@ def leave(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 def main() -> int:
     """Run the demo; the exit status is 1 where it could not be finished."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it otherwise
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
     began = time.monotonic()
     console.print("[bold]catmerge demo[/]: four experts on handwritten digits become one model. Starting a service ...")
     try:
-        with tempfile.TemporaryDirectory(prefix="catmerge-demo-", ignore_cleanup_errors=True) as folder:
-            (Path(folder) / "logs").mkdir()
-            try:
-                with service(Path(folder)) as url:
-                    run(url)
-            finally:
-                keep_logs(Path(folder))
+        with fresh_folder() as data, service(data) as url:
+            run(url)
     except (DemoError, CatmergeError, UpError) as error:
-        console.print(f"[bold red]The demo did not finish:[/] {error}\nLogs: {OUT / 'logs'}", soft_wrap=True)
+        console.print(f"[bold red]The demo did not finish:[/] {escape(str(error))}", soft_wrap=True)
+        console.print(f"Logs: {OUT / 'logs'}", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("Interrupted; everything is stopped.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -39,6 +40,7 @@ def parse(data: bytes) -> Body:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant, parse_float=_finite
         )
+        has_nul = any("\x00" in text for text in _texts(value))
         digest = canonical_sha256(value)
     except UnicodeDecodeError as error:
         raise MalformedJson(f"The body is not UTF-8: byte {error.start} can't be read.") from None
@@ -50,7 +52,7 @@ def parse(data: bytes) -> Body:
         raise MalformedJson("The body is nested too deeply.") from None
     except ValueError:  # Python's limit on the digits of an integer
         raise MalformedJson("A number has too many digits.") from None
-    if any("\x00" in text for text in _texts(value)):
+    if has_nul:
         raise MalformedJson("A string contains the character U+0000, which databases can't keep.")
     return Body(value, digest)
 
@@ -86,8 +88,7 @@ def _too_large(limit_bytes: int) -> NoReturn:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     members = dict(pairs)
     if len(members) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise MalformedJson(f"The name {twice!r} appears twice in one object.")
     return members
 

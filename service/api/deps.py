@@ -95,10 +95,11 @@ def caller() -> str:
 
 def plain_parameters(request: Request) -> None:
     """Refuse a query in which a parameter appears twice, or text that no database can keep."""
-    names = [name for name, _ in request.query_params.multi_items()]
+    seen: set[str] = set()
     for name, text in request.query_params.multi_items():
-        if names.count(name) > 1:
+        if name in seen:
             raise InvalidParameter(f"The query parameter {name!r} appears more than once.")
+        seen.add(name)
         if "\x00" in name + text:
             raise InvalidParameter(f"The query parameter {name!r} contains the character U+0000.")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, get_args
 
 import pydantic
 from pydantic import BaseModel
-from pydantic_core import ErrorDetails
 
 from service.contract.errors import Fault, ValidationError
 from service.contract.recipe import Recipe
@@ -27,7 +27,7 @@ def read_recipe(value: object) -> Recipe:
     try:
         return Recipe.model_validate(value)
     except pydantic.ValidationError as error:
-        faults = tuple(faults_of(error, Recipe, value))[:MAX_FAULTS]
+        faults = tuple(islice(faults_of(error, Recipe, value), MAX_FAULTS))
         where = f"{faults[0].pointer}: " if faults[0].pointer else ""
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ValidationError(f"{where}{faults[0].detail}{more}", faults) from None
@@ -35,23 +35,20 @@ def read_recipe(value: object) -> Recipe:
 
 def faults_of(error: pydantic.ValidationError, model: type[BaseModel], value: object) -> Iterator[Fault]:
     """The faults in a pydantic error about ``value``, which was to be a ``model``."""
-    for details in error.errors(include_url=False):
-        yield from _faults(details, model, value)
+    everything = error.errors(include_url=False, include_context=False, include_input=False)
+    for details in everything:
+        if details["type"] == "too_short" and any(_is_below(other["loc"], details["loc"]) for other in everything):
+            continue  # pydantic counts the valid items only, and the others are named already
+        path = _path(model, details["loc"])
+        if details["type"] == "extra_forbidden":
+            detail = _unknown(str(path[-1]), _fields(model, details["loc"][:-1], value))
+        else:
+            detail = details["msg"].removeprefix("Value error, ")
+        yield Fault(pointer_to(path), details["type"], detail)
 
 
-def _faults(details: ErrorDetails, model: type[BaseModel], value: object) -> Iterator[Fault]:
-    path = _path(model, details["loc"])
-    inner = details.get("ctx", {}).get("error")
-    if isinstance(inner, pydantic.ValidationError):  # a treatment's own parameters are checked by its own row
-        treatment = TREATMENTS[_at(value, (*path, "use"))]
-        for fault in faults_of(inner, treatment, _at(value, (*path, "parameters"))):
-            yield Fault(pointer_to((*path, "parameters")) + fault.pointer, fault.code, fault.detail)
-        return
-    if details["type"] == "extra_forbidden":
-        detail = _unknown(str(path[-1]), _fields(model, details["loc"][:-1]))
-    else:
-        detail = details["msg"].removeprefix("Value error, ")
-    yield Fault(pointer_to(path), details["type"], detail)
+def _is_below(loc: tuple[Step, ...], above: tuple[Step, ...]) -> bool:
+    return len(loc) > len(above) and loc[: len(above)] == above
 
 
 def pointer_to(path: Iterable[Step]) -> str:
@@ -84,8 +81,10 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"There is no field {name!r} here; there are: {', '.join(known)}."
 
 
-def _fields(model: type[BaseModel], loc: tuple[Step, ...]) -> list[str]:
+def _fields(model: type[BaseModel], loc: tuple[Step, ...], value: object) -> list[str]:
     """The fields that a model has at pydantic's location."""
+    if loc[-1:] == ("parameters",):  # of a treatment, which another field names
+        return list(TREATMENTS[_at(value, (*loc[:-1], "use"))].model_fields)
     models = [model]
     for step in loc:
         if isinstance(step, int):

@@ -85,6 +85,8 @@ def calibrate(
     with answering(as_json):
         if importlib.util.find_spec("torch") is None:
             raise Refused("Calibrating needs torch on this machine: pip install 'catmerge[worker]'")
+        if not to.absolute().parent.is_dir():
+            raise Refused(f"{to.parent} is no folder: --out names a file to write in one that is there")
         options = ["--checkpoint", str(checkpoint), "--exemplars", str(exemplars), "--out", str(to)]
         command = [sys.executable, "-m", "workers.calibrate", *options, "--batch-size", str(batch_size)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)

@@ -80,7 +80,7 @@ def ls(
         if as_json:
             print_json(jobs)
             return
-        table = columns(["id", "status", "done", "method", "tasks", "created"], right=["done"])
+        table = columns(["id", "status", "done", "method", "tasks", "created (UTC)"], right=["done"])
         for job in jobs:
             table.add_row(
                 job["id"],
@@ -88,7 +88,7 @@ def ls(
                 f"{job['progress']['fraction']:.0%}",
                 job["recipe"]["method"]["name"],
                 escape(", ".join(task["name"] for task in job["recipe"]["tasks"])),
-                job["created_at"],
+                job["created_at"].partition(".")[0].replace("T", " "),
             )
         out.print(table if jobs else "There are no such jobs.")
 

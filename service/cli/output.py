@@ -31,7 +31,8 @@ COLORS = {
     Status.CANCELLED: "magenta",
 }
 
-out = Console(highlight=False, soft_wrap=True)
+# Where nobody looks, nothing is folded to the width of a window that is not there.
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -107,7 +108,7 @@ def columns(titles: Sequence[str], *, right: Sequence[str] = ()) -> Table:
     """A table with a line under its titles."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for title in titles:
-        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
+        table.add_column(title, justify="right" if title in right else "left", overflow="fold", no_wrap=title == "id")
     return table
 
 
@@ -123,7 +124,10 @@ def show_job(job: JsonObject) -> None:
 def _job_facts(job: JsonObject) -> Iterator[tuple[str, str]]:
     recipe, progress, error = job["recipe"], job["progress"], job["error"]
     yield "job", job["id"]
-    yield "status", status_markup(job["status"]) + (f" at {job['stage']}" if job["stage"] else "")
+    yield (
+        "status",
+        status_markup(job["status"]) + (f" at {job['stage']}" if job["stage"] and not job["finished_at"] else ""),
+    )
     yield "progress", f"{progress['fraction']:.0%} of {progress['parts_total']} parts"
     if job["queue_position"] is not None:
         yield "in the queue", f"number {job['queue_position']}"

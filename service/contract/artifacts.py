@@ -70,6 +70,11 @@ def trim_log_part(workspace: str, job_id: str, index: int) -> str:
     return f"{scratch(workspace, job_id)}trim-log-{index + 1:05d}.jsonl"
 
 
+def survey(workspace: str, job_id: str, index: int) -> str:
+    """Where the largest entries of one task's vector end, until all tensors are merged."""
+    return f"{scratch(workspace, job_id)}survey-{index + 1:05d}.json"
+
+
 def cached_statistics(workspace: str, digest: str) -> str:
     """Statistics of one task's exemplars, by the digest of everything they depend on."""
     return f"{workspace}cache/statistics/{digest}.safetensors"

@@ -319,4 +319,6 @@ def _check_tiling(tensors: list[TensorInfo], data: int, file_size: int, file: st
         expected = tensor.end
     if expected != file_size:
         what = "is cut short" if file_size < expected else "has more data than its header lists"
-        raise MalformedHeader(file, f"it {what}: {file_size} bytes where the header makes it {expected}")
+        first_cut = next((tensor.name for tensor in tensors if tensor.end > file_size), None)
+        problem = f"the file {what}: {file_size} bytes where the header makes it {expected}"
+        raise MalformedHeader(file, problem, tensor=first_cut)

@@ -189,6 +189,12 @@ class BadInput(Failure):
     code, blame = "bad_input", Blame.USER
 
 
+class OutputTaken(Failure):
+    """Another job put its result where this one's was to go."""
+
+    code, blame = "output_exists", Blame.USER
+
+
 class UnsupportedArchitecture(Failure):
     code, blame = "unsupported_architecture", Blame.USER
 

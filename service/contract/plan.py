@@ -6,6 +6,7 @@ from pydantic import Field
 
 from service.contract.base import Frozen
 from service.contract.checkpoint import tensor_bytes
+from service.contract.methods import AnyMethod
 from service.contract.treatments import Role, Treatment
 
 
@@ -22,7 +23,8 @@ class TensorPlan(Frozen):
     """What happens to one output tensor.
 
     ``source`` says whether it is merged, or copied from the base (integers, and what no task has).
-    ``transposed`` marks the layout [in, out].
+    ``transposed`` marks the layout [in, out]. ``method`` is given where an override changes the recipe's for this
+    tensor; ``observed`` says that the method must know the tensor's inputs in order to combine task vectors.
     """
 
     name: str
@@ -34,6 +36,8 @@ class TensorPlan(Frozen):
     transposed: bool
     source: str = Field(pattern="^(merged|base)$")
     treatment: Treatment
+    method: AnyMethod | None = None
+    observed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -78,12 +82,12 @@ class Plan(Frozen):
     warnings: tuple[str, ...]
 
     def wanted(self) -> frozenset[str]:
-        """Names of the parameters whose treatment needs to know their inputs."""
+        """Names of the parameters whose treatment or method needs to know their inputs."""
         return frozenset(
             tensor.name
             for shard in self.shards
             for tensor in shard.tensors
-            if tensor.source == "merged" and type(tensor.treatment).statistic != "none"
+            if tensor.source == "merged" and (tensor.observed or type(tensor.treatment).statistic != "none")
         )
 
     def summary(self) -> dict[str, object]:

@@ -9,6 +9,7 @@ from math import prod
 from service.contract import artifacts
 from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, CheckpointFile, TensorInfo, group_shards
 from service.contract.fit import Fit
+from service.contract.methods import AnyMethod
 from service.contract.plan import HeadPlan, Pinned, Plan, ShardPlan, TensorPlan
 from service.contract.recipe import Recipe
 from service.contract.roles import Parameter
@@ -69,6 +70,8 @@ def _pinned(checkpoint: Checkpoint) -> tuple[Pinned, ...]:
 
 
 def _tensor(recipe: Recipe, info: TensorInfo, parameter: Parameter, is_merged: bool) -> TensorPlan:
+    override = recipe.override(info.name) if is_merged else None
+    method = override or recipe.method
     return TensorPlan(
         name=info.name,
         dtype=info.dtype if recipe.output.dtype == "base" or not is_merged else recipe.output.dtype,
@@ -78,16 +81,18 @@ def _tensor(recipe: Recipe, info: TensorInfo, parameter: Parameter, is_merged: b
         guessed=parameter.guessed,
         transposed=parameter.transposed,
         source="merged" if is_merged else "base",
-        treatment=_treatment(recipe, info.name, parameter.role) if is_merged else Keep(),
+        treatment=_treatment(recipe, method, info.name, parameter.role) if is_merged else Keep(),
+        method=override,
+        observed=is_merged and parameter.role in method.combining.observes,
     )
 
 
-def _treatment(recipe: Recipe, name: str, role: Role) -> Treatment:
+def _treatment(recipe: Recipe, method: AnyMethod, name: str, role: Role) -> Treatment:
     """The first override whose pattern matches, else what the method gives the role."""
-    if not recipe.method.trims:
+    if not method.trims:
         return Keep()
     override = next((row for row in recipe.treatments if fnmatchcase(name, row.match)), None)
-    return recipe.method.treatment(role) if override is None else override.treatment()
+    return method.treatment(role) if override is None else override.treatment()
 
 
 def _shards(recipe: Recipe, tensors: Sequence[TensorPlan]) -> tuple[ShardPlan, ...]:

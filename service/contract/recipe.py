@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from service.contract.base import Frozen
-from service.contract.methods import AnyMethod, Cat
+from service.contract.methods import AnyMethod, Cat, Method
 from service.contract.treatments import TREATMENTS, Treatment, treatment_adapter
 
 MAX_TASKS = 64
@@ -63,14 +64,23 @@ class TreatmentOverride(Frozen):
     use: Literal["projection", "scale_mask", "shift_mask", "keep"]
     parameters: dict[str, Any] = Field(default_factory=dict, description="Parameters of that treatment")
 
-    @model_validator(mode="after")
-    def _parameters_known(self) -> Self:
-        TREATMENTS[self.use](**self.parameters)
-        return self
+    @field_validator("parameters")
+    @classmethod
+    def _parameters_known(cls, parameters: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "use" in info.data:  # else that is the fault to fix first
+            TREATMENTS[info.data["use"]](**parameters)
+        return parameters
 
     def treatment(self) -> Treatment:
         """The treatment with its parameters filled in."""
         return treatment_adapter.validate_python({"name": self.use, **self.parameters})
+
+
+class MethodOverride(Frozen):
+    """Gives the parameters whose names match other parameters of the recipe's method."""
+
+    match: Pattern
+    parameters: dict[str, Any] = Field(min_length=1, description="Parameters of the recipe's method")
 
 
 class FeatureHead(Frozen):
@@ -131,6 +141,9 @@ class Recipe(Frozen):
     base: Address
     tasks: tuple[Task, ...] = Field(min_length=1, max_length=MAX_TASKS)
     method: AnyMethod = Field(default_factory=Cat, validate_default=True)
+    overrides: tuple[MethodOverride, ...] = Field(
+        (), max_length=1000, description="Other parameters of the method by parameter name; the first match wins"
+    )
     treatments: tuple[TreatmentOverride, ...] = Field((), max_length=1000, description="The first match wins")
     heads: tuple[Pattern, ...] = Field(
         (), max_length=1000, description="Parameters that belong to their task alone though all shapes agree"
@@ -151,38 +164,84 @@ class Recipe(Frozen):
             return method.model_copy(update={"balance": 5.0 if has_features else 0.5})
         return method
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        names = [task.name for task in self.tasks]
+    @field_validator("method")
+    @classmethod
+    def _method_fits_tasks(cls, method: AnyMethod, info: ValidationInfo) -> AnyMethod:
+        tasks = info.data.get("tasks")
+        if tasks is None:  # what is wrong with them is said there
+            return method
+        combining = method.combining
+        if combining.task_limit is not None and len(tasks) > combining.task_limit:
+            raise ValueError(
+                f"{_named(combining)} takes at most {combining.task_limit} tasks, not {len(tasks)}; "
+                "karcher takes any number"
+            )
+        if method.needs_statistics and not _bring_features(tasks):
+            raise ValueError(f"{_named(combining)} needs exemplars or statistics of every task")
+        return method
+
+    @field_validator("overrides")
+    @classmethod
+    def _overrides_fit(cls, overrides: tuple[MethodOverride, ...], info: ValidationInfo) -> tuple[MethodOverride, ...]:
+        if "method" not in info.data:  # what is wrong with it is said there
+            return overrides
+        method: AnyMethod = info.data["method"]
+        for row in overrides:
+            try:
+                method.changed(row.parameters)
+            except ValidationError as error:
+                faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+                raise ValueError(f"{row.match}: {method.name} does not take these parameters: {faults}") from None
+            except ValueError as error:
+                raise ValueError(f"{row.match}: {error}") from None
+        return overrides
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_agree(cls, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+        names = [task.name for task in tasks]
         folded = [name.casefold() for name in names]  # heads/<task> must not collide on any file system
         twice = sorted({name for name, low in zip(names, folded, strict=True) if folded.count(low) > 1})
         if twice:
             raise ValueError(f"tasks must have different names (letter case aside): {', '.join(twice)} appears twice")
-        if not any(task.weight for task in self.tasks):
+        if not any(task.weight for task in tasks):
             raise ValueError("at least one task needs a weight above 0")
-        self._check_features()
-        self._check_evaluation(set(names))
-        return self
-
-    def _check_features(self) -> None:
-        without = [task.name for task in self.tasks if not (task.exemplars or task.statistics)]
-        if without and len(without) < len(self.tasks):
+        without = [task.name for task in tasks if not (task.exemplars or task.statistics)]
+        if without and len(without) < len(tasks):
             raise ValueError(
                 "either every task brings exemplars or statistics, or none does; "
                 f"these bring neither: {', '.join(without)}"
             )
+        return tasks
 
-    def _check_evaluation(self, names: set[str]) -> None:
-        evaluated = [row.task for row in self.evaluation.tasks] if self.evaluation else []
-        for name in evaluated:
+    @field_validator("evaluation")
+    @classmethod
+    def _evaluated_are_tasks(cls, evaluation: Evaluation | None, info: ValidationInfo) -> Evaluation | None:
+        names = {task.name for task in info.data.get("tasks", ())}
+        evaluated = _evaluated(evaluation)
+        for name in evaluated if names else ():
             if name not in names or evaluated.count(name) > 1:
                 raise ValueError(f"evaluation names the task {name!r}, which is no task or is named twice")
-        for gate in self.gates:
+        return evaluation
+
+    @field_validator("gates")
+    @classmethod
+    def _gates_are_measured(cls, gates: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
+        if "tasks" not in info.data or "evaluation" not in info.data:
+            return gates  # what is wrong there is said there
+        evaluated = _evaluated(info.data["evaluation"])
+        for gate in gates:
             if gate.task is not None and gate.task not in evaluated:
                 raise ValueError(f"a gate needs the score of task {gate.task!r}, which evaluation does not measure")
-        if self.gates and len(evaluated) < len(names) and any(gate.task is None for gate in self.gates):
-            missing = sorted(names - set(evaluated))
+        missing = sorted({task.name for task in info.data["tasks"]} - set(evaluated))
+        if missing and any(gate.task is None for gate in gates):
             raise ValueError(f"a gate over all tasks needs labels for every task; missing: {', '.join(missing)}")
+        return gates
+
+    def override(self, name: str) -> AnyMethod | None:
+        """The method as the first override that matches a parameter's name changes it; None where none does."""
+        row = next((row for row in self.overrides if fnmatchcase(name, row.match)), None)
+        return None if row is None else self.method.changed(row.parameters)
 
     @property
     def has_features(self) -> bool:
@@ -195,8 +254,16 @@ class Recipe(Frozen):
         return canonical_sha256(self.model_dump(mode="json"))
 
 
+def _named(method: Method) -> str:
+    return str(method.model_dump()["name"])
+
+
 def _bring_features(tasks: tuple[Task, ...]) -> bool:
     return all(task.exemplars or task.statistics for task in tasks)
+
+
+def _evaluated(evaluation: Evaluation | None) -> list[str]:
+    return [row.task for row in evaluation.tasks] if evaluation else []
 
 
 def canonical_sha256(value: object) -> str:

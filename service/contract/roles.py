@@ -28,7 +28,7 @@ _EMBEDDING = re.compile(
     r"(^|_)(embeddings?|embeds?|embed_tokens|embed_positions|wte|wpe|shared)$|^relative_attention_bias$"
 )
 _TOKEN = re.compile(
-    r"(^|_)(cls|class|mask|dist|distillation|reg|register|query|storage)_tokens?$|^class_embedding$|^masked_spec_embed$"
+    r"(^|_)(cls|class|mask|dist|distillation|reg|register|query|storage)_tokens?$|^class_embedding$|^masked_spec_embed$|^probe$|^sinks$"
 )
 _BUFFER = re.compile(r"_ids$|_table$|_mask$|^rel_pos|^running_|^num_batches_tracked$|^inv_freq$|^masked_bias$")
 _SCALE = re.compile(r"^(weight|gamma|lambda1|g)$")

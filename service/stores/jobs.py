@@ -148,7 +148,8 @@ class JobStore:
     def retry(self, caller: str, job_id: str) -> tuple[Job, list[PartMessage]]:
         """Let a failed or cancelled job go on from the parts that are done; returns it and what to send.
 
-        A job that failed over its inputs is planned again from the start, since they have to change for it to pass.
+        A job that failed over its inputs is planned again from the start, since they have to change for it to pass. So
+        is one in whose folder another job was at work meanwhile: the parts that were done may be gone.
         """
         with self._database.write() as connection:
             self._database.serialize(connection, "submit")
@@ -156,7 +157,8 @@ class JobStore:
             if not Status(row.status).is_retryable:
                 raise JobNotRetryable(f"Job {job_id} is {row.status}; only a failed or cancelled job can be retried.")
             _refuse_taken(connection, row.prefix, except_job=job_id)
-            if row.error and row.error["blame"] == Blame.USER:
+            over_inputs = row.error is not None and row.error["blame"] == Blame.USER
+            if over_inputs or _overtaken(connection, row.id, row.prefix, row.queued_at) is not None:
                 connection.execute(delete(parts).where(parts.c.job_id == job_id))
                 ask_for(connection, job_id, [FIRST_PART], ready=Stage.PLAN)
                 stage = None
@@ -179,8 +181,7 @@ class JobStore:
     def successor(self, job: Job) -> str | None:
         """The id of a job that was put in the same folder, above it or below it, after ``job``; None: there is none."""
         with self._database.read() as connection:
-            later = (jobs.c.queued_at > job.queued_at, jobs.c.id != job.id, _overlaps(job.prefix))
-            return connection.execute(select(jobs.c.id).where(*later).limit(1)).scalar_one_or_none()
+            return _overtaken(connection, job.id, job.prefix, job.queued_at)
 
     def events(self, caller: str, job_id: str, after: int, limit: int) -> tuple[list[Event], bool, bool]:
         """Events with numbers above ``after``; whether there are more; and whether no further event will come."""
@@ -266,6 +267,12 @@ def _refuse_taken(connection: Connection, prefix: str, *, except_job: str) -> No
         raise OutputExists(
             f"Job {taken.id} is writing to {prefix}, above it or below it; wait for it, cancel it, or choose another."
         )
+
+
+def _overtaken(connection: Connection, job_id: str, prefix: str, queued_at: float) -> str | None:
+    """A job that was put in the same folder, above it or below it, after this one."""
+    later = (jobs.c.queued_at > queued_at, jobs.c.id != job_id, _overlaps(prefix))
+    return connection.execute(select(jobs.c.id).where(*later).limit(1)).scalar_one_or_none()
 
 
 def _overlaps(prefix: str) -> ColumnElement[bool]:

@@ -133,7 +133,7 @@ def test_names_types_and_shapes_are_the_bases(result: Result) -> None:
 
 def test_the_index_says_where_each_tensor_is(result: Result) -> None:
     index = json.loads((result.folder / "model.safetensors.index.json").read_text())
-    places = {}
+    places: dict[str, str] = {}
     for file in result.folder.glob("model-*.safetensors"):
         with safe_open(file, "pt") as opened:
             places |= dict.fromkeys(opened.keys(), file.name)
@@ -231,7 +231,7 @@ def test_the_trim_log_has_a_row_for_every_parameter_and_task(cat: Result) -> Non
 def test_trimming_lessens_the_conflict(cat: Result) -> None:
     rows = [row for row in cat.trim_log if row["role"] == "linear"]
     before, after = (sum(row[f"conflict_{when}"] for row in rows) for when in ("before", "after"))
-    assert 0 < before
+    assert before > 0
     assert after < (before if cat.recipe.method.model_dump()["restore_norm"] else 0.95 * before)
 
 
@@ -258,7 +258,7 @@ def _outputs(cat: Result, row: Mapping[str, Any]) -> int:
 
 def recomputed(cat: Result, row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """The trimmed task vectors of a parameter in float64, from the checkpoints and the log alone."""
-    vectors, role, name = cat.vectors(row["parameter"]), Role(row["role"]), row["parameter"]
+    vectors, role = cat.vectors(row["parameter"]), Role(row["role"])
     if row["treatment"] == "keep":
         return vectors
     treatment = cat.recipe.method.treatment(role)
@@ -307,7 +307,7 @@ def test_one_layer_by_the_book(vit_cat: Result) -> None:
 
 def features(result: Result, task: str, name: str) -> Tensor:
     """S_k of a linear weight, in float64."""
-    model = transformers.ViTForImageClassification.from_pretrained(result.family.checkpoint(task)).eval()
+    model = transformers.ViTForImageClassification.from_pretrained(result.family.checkpoint(task))
     seen: list[Tensor] = []
     weight = result.tasks[task][name]
     (module,) = (m for m in model.modules() if isinstance(m, torch.nn.Linear) and torch.equal(m.weight, weight))
@@ -332,7 +332,7 @@ def test_the_evaluation_is_right(vit_cat: Result) -> None:
             state_dict={**vit_cat.weights(), **vit_cat.heads(task)},
         )
         with torch.no_grad():
-            answers = model.eval()(**labeled).logits.argmax(dim=1)
+            answers = model(**labeled).logits.argmax(dim=1)
         assert row["merged"] == pytest.approx(float((answers == labels).double().mean()))
     assert vit_cat.job["result"]["gates"][0]["passed"] is True
 

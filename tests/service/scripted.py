@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 Line = Callable[[BaseHTTPRequestHandler], None]
@@ -25,7 +26,7 @@ class Scripted:
         return [path for _, path, _ in self.asked]
 
 
-def answer(value: object, status: int = 200, **headers: str) -> Line:
+def answer(value: object, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> Line:
     """JSON, or bytes as they are."""
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
     kind = "application/octet-stream" if isinstance(value, bytes) else "application/json"
@@ -33,18 +34,18 @@ def answer(value: object, status: int = 200, **headers: str) -> Line:
     def say(handler: BaseHTTPRequestHandler) -> None:
         handler.send_response(status)
         for name, text in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
-            handler.send_header(name.replace("_", "-"), text)
+            handler.send_header(name, text)
         handler.end_headers()
         handler.wfile.write(body)
 
     return say
 
 
-def cut_short(body: bytes, promised: int, status: int = 200, **headers: str) -> Line:
+def cut_short(body: bytes, promised: int, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> Line:
     """Part of a body, and then the line goes dead."""
 
     def say(handler: BaseHTTPRequestHandler) -> None:
-        answer(body, status, Content_Length=str(promised), **headers)(handler)
+        answer(body, status, {"Content-Length": str(promised), **headers})(handler)
         handler.close_connection = True
 
     return say
@@ -65,13 +66,13 @@ def scripted(lines: Sequence[Line] | Mapping[str, Sequence[Line]]) -> Iterator[S
     class Handler(BaseHTTPRequestHandler):
         def _play(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length", "0")))
-            server.asked.append((self.command, self.path, dict(self.headers)))
+            server.asked.append((self.command, self.path, {name.lower(): text for name, text in self.headers.items()}))
             own = script.get(self.path.partition("?")[0], script.get("", []))
             (own.pop(0) if own else answer({"unexpected": self.path}, 418))(self)
 
-        do_GET = do_POST = do_DELETE = _play
+        do_GET = do_POST = do_DELETE = _play  # noqa: N815 (the names that the standard library looks for)
 
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (its name in the standard library)
+        def log_message(self, format: str, *args: Any) -> None:
             """Tests are quiet."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listener:

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from service.contract.methods import Cat, Proxy
-from service.contract.treatments import Projection, ScaleMask, ShiftMask, Treatment
-from workers.methods import merge
+from service.contract.treatments import Projection, Role, ScaleMask, ShiftMask, Treatment
+from workers.methods import Context, merge
 from workers.proxies import proxy_statistic
 from workers.statistics import Statistic
 from workers.treatments import TREATMENTS, Trimmed, apply_removed, trim
@@ -138,12 +138,13 @@ def test_the_merged_weights_with_norms_restored(path: Path) -> None:
 
 
 def check_merged(case: Case, name: str, *, restore_norm: bool) -> None:
+    base, expected = case.arrays["W0"], case.arrays[name]
     update = merge(
         trimmed(case, restore_norm=restore_norm).task_vectors,
         [1.0] * case.hyper["K"],
         Cat(scaling=case.hyper["alpha"]),
+        Context("", Role.OTHER, False, base, [str(k) for k in range(case.hyper["K"])], [None] * case.hyper["K"]),
     )
-    base, expected = case.arrays["W0"], case.arrays[name]
     assert error([base + update], [expected]) <= max(case.tolerance, 4 * EPS * float(base.abs().max()))
 
 

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from service.contract.methods import Cat, TaskArithmetic
+from workers.combining import weighted_sum
+from workers.context import Context
 
 
-def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Cat | TaskArithmetic) -> Tensor:
+def merge(
+    task_vectors: Sequence[Tensor],
+    weights: Sequence[float],
+    params: Cat | TaskArithmetic,
+    context: Context,  # noqa: ARG001 (every method is called alike)
+) -> Tensor:
     """scaling * sum_k weight_k * T_k, added in the order of the tasks (arXiv:2212.04089). Any shape."""
-    merged = task_vectors[0] * (params.scaling * weights[0])
-    for task_vector, weight in zip(task_vectors[1:], weights[1:], strict=True):
-        merged.add_(task_vector, alpha=params.scaling * weight)
-    return merged
+    return weighted_sum(task_vectors, weights, params.scaling)

@@ -18,6 +18,7 @@ from service.contract.plan import Plan
 from service.contract.recipe import FeatureHead, Task, TaskEvaluation, canonical_sha256
 from service.contract.samples import LABELS
 from service.stores.objects import failures
+from workers.exemplars import naming
 from workers.forward import check_inputs, class_scores, load_model, pooled_features
 from workers.tensors import TensorReader
 from workers.version import ENGINE
@@ -126,7 +127,8 @@ class _Trial:
         """The share of samples whose class the model finds."""
         self.work.watch.step(bytes_read=sum(tensor.nbytes for tensor in weights.values()))
         model = load_model(self.checkpoint.config or {}, weights, self.work.device)
-        check_inputs(model, self.inputs)
+        with naming(self.row.labeled):
+            check_inputs(model, self.inputs)
         batch_size = self.work.recipe.evaluation.batch_size if self.work.recipe.evaluation else 64
         if self.row.head is None:
             scores = class_scores(model, self.inputs, batch_size)

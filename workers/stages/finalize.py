@@ -133,7 +133,7 @@ def _trim_log(work: Work, plan: Plan) -> Artifact:
     return write_artifact(work.objects, plan.prefix, artifacts.TRIM_LOG, b"".join(pieces))
 
 
-def _trimmed(merged: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _trimmed(merged: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """What trimming did by role, over all shards."""
     sums: dict[str, dict[str, float]] = {}
     for output in merged:
@@ -146,8 +146,9 @@ def _trimmed(merged: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
             "vectors": int(total["vectors"]),
             "trimmed": int(total["trimmed"]),
             "energy_removed": total["energy_removed"] / total["energy"] if total["energy"] else 0.0,
-            "conflict_before": total["conflict_before"],
-            "conflict_after": total["conflict_after"],
+            # A bias sees no inputs, so there is no conflict to measure: that is not the same as none.
+            "conflict_before": total["conflict_before"] if total["measured"] else None,
+            "conflict_after": total["conflict_after"] if total["measured"] else None,
         }
         for role, total in sums.items()
     }

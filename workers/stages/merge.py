@@ -14,13 +14,17 @@ from service.contract.checkpoint import Checkpoint
 from service.contract.parts import Done
 from service.contract.plan import Plan, ShardPlan, TensorPlan
 from service.contract.stages import Stage
+from service.stores.objects import failures
+from workers.magnitudes import Cut
 from workers.merging import Merged, merge_tensor
 from workers.statistics import Statistic
 from workers.statistics_file import StatisticsFile, StatisticsReading
+from workers.survey import WholeCut, from_json
 from workers.tensors import NAMES, Reading, TensorReader, TensorWriter, batches, write_artifact
 from workers.work import Work
 
 BATCH_BYTES = 64 << 20  # read while the batch before is merged
+SURVEY_LIMIT_BYTES = 256 << 20
 
 
 def run(work: Work) -> Done:
@@ -66,6 +70,7 @@ class _Sources:
     base: Checkpoint
     tasks: tuple[Checkpoint, ...]
     statistics: tuple[StatisticsFile, ...]
+    surveys: tuple[list[WholeCut], ...]
 
     @classmethod
     def open(cls, work: Work, plan: Plan, reader: TensorReader) -> _Sources:
@@ -76,8 +81,13 @@ class _Sources:
         statistics = tuple(
             StatisticsFile(reader, output["statistics"], plan.inputs.get(f"statistics:{task.name}", ()))
             for task, output in zip(recipe.tasks, calibrated, strict=False)
+            if "statistics" in output
         )
-        return cls(reader, base, tasks, statistics)
+        return cls(reader, base, tasks, statistics, _surveys(work, calibrated))
+
+    def cuts(self, tensor: TensorPlan) -> list[list[Cut]]:
+        """Where each task's largest entries end in one tensor, where the method has asked for it."""
+        return [[cut.of(tensor.name) for cut in cuts] for cuts in self.surveys]
 
     def start(self, tensors: Sequence[TensorPlan]) -> _Batch:
         merged = [tensor.name for tensor in tensors if tensor.source == "merged"]
@@ -102,10 +112,18 @@ def _merged(work: Work, shard: ShardPlan, sources: _Sources) -> Iterator[tuple[T
         batch = upcoming
         upcoming = sources.start(groups[index + 1]) if index + 1 < len(groups) else None
         if batch is not None:
-            yield from _merge_batch(work, group, batch)
+            yield from _merge_batch(work, group, batch, sources)
 
 
-def _merge_batch(work: Work, group: Sequence[TensorPlan], batch: _Batch) -> Iterator[tuple[TensorPlan, Merged]]:
+def _surveys(work: Work, calibrated: Sequence[Mapping[str, Any]]) -> tuple[list[WholeCut], ...]:
+    addresses = [output["survey"] for output in calibrated if "survey" in output]
+    with failures():
+        return tuple(from_json(work.objects.read_all(address, SURVEY_LIMIT_BYTES)) for address in addresses)
+
+
+def _merge_batch(
+    work: Work, group: Sequence[TensorPlan], batch: _Batch, sources: _Sources
+) -> Iterator[tuple[TensorPlan, Merged]]:
     base = batch.base.wait()
     tasks = [reading.wait() for reading in batch.tasks]
     statistics = [reading.wait() for reading in batch.statistics]
@@ -117,7 +135,7 @@ def _merge_batch(work: Work, group: Sequence[TensorPlan], batch: _Batch) -> Iter
         known = _statistics_of(tensor.name, statistics, len(tasks))
         yield (
             tensor,
-            merge_tensor(tensor, work.recipe, base.pop(tensor.name), experts, known, work.device),
+            merge_tensor(tensor, work.recipe, base.pop(tensor.name), experts, known, work.device, sources.cuts(tensor)),
         )
 
 
@@ -151,12 +169,13 @@ def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
         sums["trimmed"] += row["removed"] > 0
         sums["energy"] += row["energy"]
         sums["energy_removed"] += row["energy"] * row["energy_removed"]
+        sums["measured"] += row["conflict_before"] is not None
         sums["conflict_before"] += row["conflict_before"] or 0.0
         sums["conflict_after"] += row["conflict_after"] or 0.0
     return found
 
 
-TOTALS = ("vectors", "trimmed", "energy", "energy_removed", "conflict_before", "conflict_after")
+TOTALS = ("vectors", "trimmed", "energy", "energy_removed", "measured", "conflict_before", "conflict_after")
 
 
 def _kept(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

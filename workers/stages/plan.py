@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from service.contract import artifacts
 from service.contract.checkpoint import Checkpoint, CheckpointFile
-from service.contract.errors import BadInput
+from service.contract.errors import BadInput, OutputTaken
 from service.contract.fit import Fit, fit
 from service.contract.parts import Done
 from service.contract.plan import Plan
@@ -52,7 +52,7 @@ def run(work: Work) -> Done:
         warnings=skeleton.warnings,
         samples=samples,
     )
-    _clear(objects, work.claim.prefix)
+    _clear(work)
     _write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
     _write(work, artifacts.PLAN, plan.model_dump_json())
     return Done(warnings=plan.warnings, parts=tuple(_parts(recipe, plan)))
@@ -86,13 +86,19 @@ def _refuse_unequal(work: Work, base: Checkpoint, tasks: Sequence[Checkpoint], f
             work.watch.step()
 
 
-def _clear(objects: Objects, prefix: str) -> None:
+def _clear(work: Work) -> None:
     """Take away an earlier result that the recipe allows to overwrite: its manifest first, so it never looks whole."""
+    objects, prefix = work.objects, work.claim.prefix
     with failures():
         try:
             manifest = json.loads(objects.read_all(prefix + artifacts.MANIFEST, MANIFEST_LIMIT_BYTES))
         except ObjectMissing:
             return
+        if not work.recipe.output.overwrite and manifest.get("job") != work.claim.job_id:
+            raise OutputTaken(
+                f"{prefix} was free when the job was submitted, and holds the result of {manifest.get('job')} by now; "
+                "submit with another prefix, or with output.overwrite"
+            )
         objects.delete(prefix + artifacts.MANIFEST)
         for file in manifest.get("files", []):
             objects.delete(prefix + str(file["name"]))
@@ -104,7 +110,7 @@ def _write(work: Work, name: str, text: str) -> None:
 
 
 def _parts(recipe: Recipe, plan: Plan) -> Iterator[NewPart]:
-    if recipe.method.trims and recipe.has_features and plan.wanted():
+    if (recipe.has_features and plan.wanted()) or recipe.method.surveys:
         for index, task in enumerate(recipe.tasks):
             yield NewPart(Stage.CALIBRATE, index, task.name, CALIBRATE_WEIGHT)
     merge_weight = 2.0 * len(recipe.tasks) / max(plan.bytes_in, 1)

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.front import Front, checkpoint, open_front
+from tests.service.front import Front, open_front, with_checkpoints
 
 
 @pytest.fixture
 def front(tmp_path: Path) -> Iterator[Front]:
+    """For the test alone."""
     with open_front(tmp_path) as opened:
-        for name in ("base", "cars"):
-            opened.put(f"s3://models/{name}.safetensors", checkpoint(weight=(2, 3), bias=(2,)))
-        yield opened
+        yield with_checkpoints(opened)
+
+
+@pytest.fixture(scope="package")
+def empty_front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    """For all tests that are refused everything, so that nothing is ever stored."""
+    with open_front(tmp_path_factory.mktemp("front")) as opened:
+        yield with_checkpoints(opened)

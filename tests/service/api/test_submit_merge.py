@@ -9,7 +9,8 @@ import pytest
 
 from service.contract.recipe import Recipe
 from service.contract.stages import PartMessage, Stage
-from tests.service.front import Front, checkpoint, connections_to, open_front, recipe
+from service.stores.jobs import IdempotencyKey
+from tests.service.front import Front, checkpoint, connections_to, open_front, recipe, with_checkpoints
 from tests.service.jobs_by_hand import at_once
 
 JSON = {"Content-Type": "application/json"}
@@ -47,10 +48,7 @@ def test_a_merge_is_taken_in(front: Front) -> None:
 
 def test_a_broker_that_is_away_is_left_to_the_sweeper(front: Front) -> None:
     job = front.submit()
-    front.house.parts.mark_unsent([])
-    claim = front.house.parts.claim(PartMessage(Stage.PLAN, job["id"], 0), "worker")
-    assert claim is not None
-    assert claim.recipe.base == job["recipe"]["base"]
+    assert front.house.parts.due(3600, 10) == [PartMessage(Stage.PLAN, job["id"], 0)]
 
 
 def test_the_result_goes_where_the_recipe_says(front: Front) -> None:
@@ -60,9 +58,7 @@ def test_the_result_goes_where_the_recipe_says(front: Front) -> None:
 
 def test_links_begin_with_the_public_address(tmp_path: Path) -> None:
     with open_front(tmp_path, public_url="https://merge.example.org/") as front:
-        for name in ("base", "cars"):
-            front.put(f"s3://models/{name}.safetensors", checkpoint(weight=(2, 3)))
-        job = front.submit()
+        job = with_checkpoints(front).submit()
         assert job["links"]["self"] == f"https://merge.example.org/v1/merges/{job['id']}"
 
 
@@ -76,24 +72,24 @@ def test_links_begin_with_the_public_address(tmp_path: Path) -> None:
         {**JSON, "Content-Encoding": "gzip"},
     ],
 )
-def test_a_body_that_is_not_json_is_refused(front: Front, headers: dict[str, str]) -> None:
-    refused(front.http.post("/v1/merges", content=b"{}", headers=headers), 415, "unsupported_media_type")
+def test_a_body_that_is_not_json_is_refused(empty_front: Front, headers: dict[str, str]) -> None:
+    refused(empty_front.http.post("/v1/merges", content=b"{}", headers=headers), 415, "unsupported_media_type")
 
 
 @pytest.mark.parametrize("media_type", ["application/json; charset=utf-8", "Application/JSON"])
-def test_json_has_several_spellings(front: Front, media_type: str) -> None:
-    response = front.http.post("/v1/merges", content=b"{}", headers={"Content-Type": media_type})
+def test_json_has_several_spellings(empty_front: Front, media_type: str) -> None:
+    response = empty_front.http.post("/v1/merges", content=b"{}", headers={"Content-Type": media_type})
     refused(response, 422, "validation_error")
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
-def test_a_body_that_is_too_large_is_refused(front: Front, is_chunked: bool) -> None:
+def test_a_body_that_is_too_large_is_refused(empty_front: Front, is_chunked: bool) -> None:
     def pieces() -> Iterator[bytes]:
         for _ in range(3):
             yield b" " * (1 << 19)
 
     content = pieces() if is_chunked else b"".join(pieces())
-    refused(front.http.post("/v1/merges", content=content, headers=JSON), 413, "payload_too_large")
+    refused(empty_front.http.post("/v1/merges", content=content, headers=JSON), 413, "payload_too_large")
 
 
 @pytest.mark.parametrize(
@@ -113,28 +109,28 @@ def test_a_body_that_is_too_large_is_refused(front: Front, is_chunked: bool) -> 
         (b"{} {}", "Extra data"),
     ],
 )
-def test_json_that_could_be_read_in_two_ways_is_refused(front: Front, content: bytes, says: str) -> None:
-    problem = refused(front.http.post("/v1/merges", content=content, headers=JSON), 400, "malformed_json")
+def test_json_that_could_be_read_in_two_ways_is_refused(empty_front: Front, content: bytes, says: str) -> None:
+    problem = refused(empty_front.http.post("/v1/merges", content=content, headers=JSON), 400, "malformed_json")
     assert says in problem["detail"]
-    assert front.count() == 0
+    assert empty_front.count() == 0
 
 
-def test_a_recipe_is_checked_and_every_fault_is_named(front: Front) -> None:
+def test_a_recipe_is_checked_and_every_fault_is_named(empty_front: Front) -> None:
     body = recipe(method={"name": "cat", "rnak": 3}, seed=-1)
-    problem = refused(front.http.post("/v1/merges", json=body), 422, "validation_error")
+    problem = refused(empty_front.http.post("/v1/merges", json=body), 422, "validation_error")
     assert {(fault["pointer"], fault["code"]) for fault in problem["errors"]} == {
         ("/method/rnak", "extra_forbidden"),
         ("/seed", "greater_than_equal"),
     }
     assert not problem["retryable"]
-    assert front.count() == 0
+    assert empty_front.count() == 0
 
 
-def test_a_checkpoint_that_is_missing_is_named(front: Front) -> None:
+def test_a_checkpoint_that_is_missing_is_named(empty_front: Front) -> None:
     body = recipe(tasks=[{"name": "cars", "checkpoint": "s3://models/lost.safetensors"}])
-    problem = refused(front.http.post("/v1/merges", json=body), 422, "checkpoint_not_found")
+    problem = refused(empty_front.http.post("/v1/merges", json=body), 422, "checkpoint_not_found")
     assert [fault["pointer"] for fault in problem["errors"]] == ["/tasks/0/checkpoint"]
-    assert front.count() == 0
+    assert empty_front.count() == 0
 
 
 def test_a_checkpoint_that_is_no_checkpoint_is_named(front: Front) -> None:
@@ -158,8 +154,8 @@ def test_exemplars_that_do_not_fit_are_refused(front: Front) -> None:
     refused(front.http.post("/v1/merges", json=recipe(tasks=[task])), 422, "exemplars_do_not_fit")
 
 
-def test_an_address_out_of_bounds_is_refused(front: Front) -> None:
-    refused(front.http.post("/v1/merges", json=recipe(base="file:///etc/passwd")), 403, "forbidden")
+def test_an_address_out_of_bounds_is_refused(empty_front: Front) -> None:
+    refused(empty_front.http.post("/v1/merges", json=recipe(base="file:///etc/passwd")), 403, "forbidden")
 
 
 def test_a_bucket_that_is_not_allowed_is_refused(tmp_path: Path) -> None:
@@ -180,14 +176,14 @@ def test_a_folder_that_another_job_writes_to_is_refused(front: Front) -> None:
     assert job["id"] in refused(response, 409, "output_exists")["detail"]
 
 
-def test_a_plan_counts_and_stores_nothing(front: Front) -> None:
-    response = front.http.post("/v1/merges:plan", json=recipe())
+def test_a_plan_counts_and_stores_nothing(empty_front: Front) -> None:
+    response = empty_front.http.post("/v1/merges:plan", json=recipe())
     plan = response.json()
     assert response.status_code == 200
     assert (plan["object"], plan["tensors"], plan["bytes_out"]) == ("plan", 2, 4 * 8)
     assert plan["roles"] == {"linear": 1, "shift": 1}
-    assert front.count() == 0
-    refused(front.http.post("/v1/merges:plan", json={}), 422, "validation_error")
+    assert empty_front.count() == 0
+    refused(empty_front.http.post("/v1/merges:plan", json={}), 422, "validation_error")
 
 
 def with_key(front: Front, key: str, body: dict[str, Any] | None = None) -> httpx.Response:
@@ -216,9 +212,9 @@ def test_a_key_serves_one_body(front: Front) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "k\u00e4"])
-def test_a_key_is_printable_ascii(front: Front, key: str) -> None:
+def test_a_key_is_printable_ascii(empty_front: Front, key: str) -> None:
     headers = {"Idempotency-Key": key.encode()}
-    refused(front.http.post("/v1/merges", json=recipe(), headers=headers), 400, "invalid_parameter")  # type: ignore[arg-type]
+    refused(empty_front.http.post("/v1/merges", json=recipe(), headers=headers), 400, "invalid_parameter")  # type: ignore[arg-type]
 
 
 def test_an_invalid_recipe_stays_invalid_under_its_key(front: Front) -> None:
@@ -248,8 +244,6 @@ def test_a_key_used_by_many_at_once_makes_one_job(front: Front) -> None:
 
 
 def test_a_request_in_flight_is_said_to_be(front: Front) -> None:
-    from service.api.conditions import IdempotencyKey
-
     with front.house.in_flight.hold(IdempotencyKey("anonymous POST /v1/merges", "k1", "f")):
         problem = refused(with_key(front, "k1"), 409, "idempotency_in_progress")
     assert problem["retryable"]

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from service.contract.errors import (
     IdempotencyKeyReused,
@@ -23,6 +24,7 @@ from service.contract.stages import PartMessage, Stage
 from service.stores.database import Database
 from service.stores.jobs import IdempotencyKey, JobStore, KeptAnswer, Listing
 from service.stores.parts import PartStore
+from service.stores.schema import jobs as table
 from tests.service.jobs_by_hand import at_once, claim, finish, merges, plan, recipe_of, submit, submit_with_key
 
 ME = "anonymous"
@@ -59,7 +61,8 @@ def test_an_id_is_a_uuid_of_version_7(jobs: JobStore) -> None:
 
 
 def test_ids_rise_in_the_order_of_commits_under_concurrency(jobs: JobStore) -> None:
-    lock, seen = threading.Lock(), []
+    lock = threading.Lock()
+    seen: list[str] = []
 
     def one(_: int) -> None:
         for _ in range(5):
@@ -378,16 +381,12 @@ def test_the_schema_is_current_once_migrated(database: Database) -> None:
 
 
 def test_a_recipe_comes_back_as_it_was_stored(jobs: JobStore) -> None:
-    changes = {"method": {"name": "ties", "density": 0.3}, "seed": 2**62}
+    changes: dict[str, Any] = {"method": {"name": "ties", "density": 0.3}, "seed": 2**62}
     job = submit(jobs, **changes)
     assert jobs.get(ME, job.id).recipe == recipe_of(**changes)
 
 
 def push_back(database: Database, job_id: str, column: str, seconds: float) -> None:
     """Let time pass for one job."""
-    from sqlalchemy import update
-
-    from service.stores.schema import jobs as table
-
     with database.write() as connection:
         connection.execute(update(table).where(table.c.id == job_id).values({column: table.c[column] - seconds}))

@@ -10,6 +10,7 @@ from service.contract.stages import NewPart, PartMessage, Stage
 from service.stores.database import Database
 from service.stores.jobs import JobStore
 from service.stores.parts import PartStore
+from service.stores.schema import jobs as job_table
 from service.stores.schema import parts as table
 from tests.service.jobs_by_hand import at_once, claim, merges, plan, submit
 
@@ -253,8 +254,6 @@ def test_the_times_of_a_job_are_the_databases(jobs: JobStore, parts: PartStore, 
 
 
 def test_expired_jobs_are_forgotten_once_they_have_ended(jobs: JobStore, parts: PartStore, database: Database) -> None:
-    from service.stores.schema import jobs as job_table
-
     running, ended = submit(jobs), submit(jobs)
     jobs.cancel(ME, ended.id)
     with database.write() as connection:

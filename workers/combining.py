@@ -1,0 +1,45 @@
+"""The two ways to combine task vectors that have been thinned out: add them, or let signs be elected first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from service.contract.methods import Combine
+
+
+def combine(task_vectors: Sequence[Tensor], weights: Sequence[float], how: Combine) -> Tensor:
+    """The weighted sum (``linear``), or the weighted mean of entries that agree with an elected sign (``ties``)."""
+    return agreed_mean(task_vectors, weights) if how == "ties" else weighted_sum(task_vectors, weights)
+
+
+def weighted_sum(task_vectors: Sequence[Tensor], weights: Sequence[float], scaling: float = 1.0) -> Tensor:
+    """scaling * sum_k weight_k * T_k, added in the order of the tasks. Any shape."""
+    total = task_vectors[0] * (scaling * weights[0])
+    for task_vector, weight in zip(task_vectors[1:], weights[1:], strict=True):
+        total.add_(task_vector, alpha=scaling * weight)
+    return total
+
+
+def weighted_mean(task_vectors: Sequence[Tensor], weights: Sequence[float], scaling: float = 1.0) -> Tensor:
+    """scaling * sum_k weight_k * T_k / sum_k weight_k, added in the order of the tasks. Any shape."""
+    return weighted_sum(task_vectors, weights, scaling / sum(weights))
+
+
+def agreed_mean(
+    task_vectors: Sequence[Tensor], weights: Sequence[float], votes: Sequence[float] | None = None
+) -> Tensor:
+    """Per entry, the weighted mean over the tasks that are not zero there and have the elected sign. Any shape.
+
+    The sign of an entry is that of the sum weighted with ``votes``, or else with ``weights``; where the tasks cancel
+    exactly, none is elected and the entry is 0: the election and disjoint mean of TIES-Merging (arXiv:2306.01708).
+    """
+    elected = weighted_sum(task_vectors, weights if votes is None else votes).sign_()
+    total, weight_there = torch.zeros_like(elected), torch.zeros_like(elected)
+    for task_vector, weight in zip(task_vectors, weights, strict=True):
+        agrees = (task_vector.sign() == elected) & (task_vector != 0)
+        total.add_(task_vector * agrees, alpha=weight)
+        weight_there.add_(agrees, alpha=weight)
+    return torch.where(weight_there > 0, total / weight_there, 0.0)
