@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 import tempfile
@@ -22,6 +23,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # a worker loads what it is given, and nothing from a hub
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
+STOP_LIMIT_SECONDS = 25  # less than the 30 s that orchestrators allow before they kill
 
 
 def main() -> int:
@@ -47,6 +49,8 @@ def _run(stop_file: Path) -> None:
 
     def leave(**_: Any) -> None:
         stop_file.touch()
+        # Celery waits for its pool without a limit. Children leave at the next tensor whether it lives or not.
+        faulthandler.dump_traceback_later(STOP_LIMIT_SECONDS, exit=True)
 
     worker_shutting_down.connect(leave)
     queues = ",".join(queue.value for queue in Queue)

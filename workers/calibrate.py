@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from service.contract.errors import Failure
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         count = calibrate(options.checkpoint, options.exemplars, options.out, options.batch_size, options.device)
-    except (Failure, OSError) as error:
+    except (Failure, OSError, SafetensorError) as error:
         print(f"catmerge calibrate: {error}", file=sys.stderr)
         return 1
     print(f"{options.out}: statistics of {count} parameters")

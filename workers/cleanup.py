@@ -30,6 +30,7 @@ def remove_outputs(objects: Objects, claim: Claim, workspace: str) -> None:
         # A job that failed at planning has written nothing, and an earlier result there is still whole.
         if claim.stage is not Stage.PLAN:
             plan = Plan.model_validate_json(objects.read_all(claim.prefix + artifacts.PLAN, PLAN_LIMIT_BYTES))
+            objects.delete(claim.prefix + artifacts.PLAN)  # first: without it, no other part can go on by mistake
             for name in _names(plan):
                 objects.delete(claim.prefix + name)
         remove_scratch(objects, workspace, claim.job_id)
@@ -38,10 +39,10 @@ def remove_outputs(objects: Objects, claim: Claim, workspace: str) -> None:
 
 
 def _names(plan: Plan) -> Iterator[str]:
-    """Everything that a job with this plan may have written, the plan itself last."""
+    """Everything that a job with this plan may have written beside it."""
     for index, shard in enumerate(plan.shards):
         yield from (shard.file, artifacts.removed(index))
     yield from (artifacts.head(head.task) for head in plan.heads)
     yield from (file.address.rpartition("/")[2] for file in plan.side_files)
     yield from (artifacts.INDEX, artifacts.MODEL_CARD, artifacts.TRIM_LOG)
-    yield from (artifacts.REPORT_JSON, artifacts.REPORT_HTML, artifacts.RECIPE, artifacts.PLAN)
+    yield from (artifacts.REPORT_JSON, artifacts.REPORT_HTML, artifacts.RECIPE)

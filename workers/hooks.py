@@ -14,12 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from service.contract.roles import Parameter
 from service.contract.treatments import Role
 from workers.functional import FunctionalUses, LookedUp, Multiplied, Scaled, Use
-from workers.observing import Batch, Call, add_indices, add_rows, observe, positions
+from workers.observing import Batch, Call, add_indices, add_rows, expert_rows, input_rows, observe, positions
 from workers.positions import Along
+from workers.row_sums import RowSum
 from workers.skeleton import Skeleton, owner_of, tied_source
-from workers.statistics import Statistic
+from workers.statistics import Statistic, stack_statistics
 
-WATCHED_ROLES = frozenset({Role.LINEAR, Role.CONVOLUTION, Role.EMBEDDING, Role.SCALE})
+MATRICES = frozenset({Role.LINEAR, Role.CONVOLUTION, Role.GROUPED_CONVOLUTION, Role.EXPERTS})
+WATCHED_ROLES = MATRICES | {Role.EMBEDDING, Role.SCALE}
 
 Shapes = dict[tuple[str, int], tuple[int, ...]]
 
@@ -31,10 +33,10 @@ class _Latest:
     inputs: Tensor
     version: int
     mask: Tensor | None
-    before: Statistic | None
-    after: Statistic | None
+    before: RowSum | None
+    after: RowSum
 
-    def answers(self, inputs: Tensor, mask: Tensor | None, before: Statistic | None) -> bool:
+    def answers(self, inputs: Tensor, mask: Tensor | None, before: RowSum | None) -> bool:
         """Whether another matrix with this input and past has the same statistic: query, key and value do."""
         is_same = self.inputs is inputs and self.version == inputs._version and self.mask is mask
         return is_same and self.before is before
@@ -48,7 +50,7 @@ class Watcher:
     """
 
     def __init__(self, model: nn.Module, skeleton: Skeleton, wanted: set[str] | frozenset[str]) -> None:
-        self.statistics: dict[str, Statistic] = {}
+        self._sums: dict[str, Statistic | RowSum | list[RowSum]] = {}
         self._model = model
         self._skeleton = skeleton
         self._wanted = [name for name in sorted(wanted) if self._is_watched(name)]
@@ -65,6 +67,22 @@ class Watcher:
         self._shapes: Shapes | None = None
         self._is_looking = False
         self._latest: _Latest | None = None
+
+    @property
+    def statistics(self) -> dict[str, Statistic]:
+        """The statistic of every parameter that was seen; layers with the same inputs share one."""
+        roots: dict[int, Statistic] = {}
+        found: dict[str, Statistic] = {}
+        for name, seen in self._sums.items():
+            if isinstance(seen, RowSum):
+                roots[id(seen)] = roots.get(id(seen)) or seen.statistic()
+                found[name] = roots[id(seen)]
+            elif isinstance(seen, list):
+                stacked = stack_statistics([part.statistic() if part.rows else None for part in seen])
+                found |= {name: stacked} if stacked is not None else {}
+            else:
+                found[name] = seen
+        return found
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
@@ -121,7 +139,7 @@ class Watcher:
 
     def _see_call(self, name: str, attribute: str, role: Role, call: Call) -> None:
         is_bare_table = role is Role.EMBEDDING and not isinstance(call.module, nn.Embedding)
-        if is_bare_table and name not in self._assumed and name in self.statistics:
+        if is_bare_table and name not in self._assumed and name in self._sums:
             return  # a function of torch has told which of its rows are used
         self._seen_by_module.add(name)
         batch = self._batch(name, call.input)
@@ -129,11 +147,14 @@ class Watcher:
             return
         if is_bare_table:
             self._assumed.add(name)
-        is_plain = role is Role.LINEAR and isinstance(call.module, nn.Linear | Conv1D)
-        if is_plain and call.input is not None:
+        if call.input is not None and isinstance(call.module, nn.Linear | Conv1D):
             self._add_plain(name, call.input, batch)
+        elif role is Role.EXPERTS:
+            self._add_experts(name, attribute, call, batch)
+        elif role in MATRICES:
+            self._add_rows(name, input_rows(call, attribute, role, batch))
         else:
-            self._keep(name, observe(call, attribute, role, batch, self.statistics.get(name)))
+            self._keep(name, observe(call, attribute, role, batch, self._known(name)))
 
     def _see_use(self, name: str, use: Use) -> None:
         if self._is_looking or (name in self._seen_by_module and name not in self._assumed):
@@ -148,29 +169,51 @@ class Watcher:
             if name in self._assumed:  # that every row of a bare table is used was an assumption
                 self._assumed.remove(name)
                 self._seen_by_module.remove(name)
-                del self.statistics[name]
+                del self._sums[name]
             self._add_use(name, parameter.role, use, batch)
 
     def _add_use(self, name: str, role: Role, use: Use, batch: Batch) -> None:
         if isinstance(use, Multiplied):
             self._add_plain(name, use.inputs, batch)
         elif isinstance(use, Scaled):
-            self._keep(name, add_rows(positions(use.inputs, batch), role, self.statistics.get(name)))
+            self._keep(name, add_rows(positions(use.inputs, batch), role, self._known(name)))
         else:
             size = len(self._tensors[name])
-            self._keep(name, add_indices(use.indices, size, batch, self.statistics.get(name)))
+            self._keep(name, add_indices(use.indices, size, batch, self._known(name)))
+
+    def _add_rows(self, name: str, rows: Tensor | None) -> None:
+        known = self._sums.get(name)
+        if rows is not None and rows.shape[-2]:
+            self._sums[name] = (known if isinstance(known, RowSum) else RowSum()).add(rows)
+
+    def _add_experts(self, name: str, attribute: str, call: Call, batch: Batch) -> None:
+        known = self._sums.get(name)
+        sums = known if isinstance(known, list) else [RowSum()] * self._skeleton.parameters[name].blocks
+        rows = [expert_rows(call, attribute, expert, batch) for expert in range(len(sums))]
+        self._sums[name] = [
+            before if new is None or not len(new) else before.add(new) for before, new in zip(sums, rows, strict=True)
+        ]
 
     def _add_plain(self, name: str, x: Tensor, batch: Batch) -> None:
-        """Add the inputs of a matrix, once where several matrices in a row have the same."""
-        before = self.statistics.get(name)
-        if self._latest is None or not self._latest.answers(x, batch.mask, before):
-            after = add_rows(positions(x, batch), Role.LINEAR, before)
+        """Add the inputs ``x [..., in]`` of a matrix, once where several matrices in a row have the same."""
+        known = self._sums.get(name)
+        before = known if isinstance(known, RowSum) else None
+        if self._latest is not None and self._latest.answers(x, batch.mask, before):
+            self._sums[name] = self._latest.after
+            return
+        rows = positions(x, batch)
+        if len(rows):
+            after = (before or RowSum()).add(rows)
             self._latest = _Latest(x, x._version, batch.mask, before, after)
-        self._keep(name, self._latest.after)
+            self._sums[name] = after
+
+    def _known(self, name: str) -> Statistic | None:
+        known = self._sums.get(name)
+        return known if isinstance(known, Statistic) else None
 
     def _keep(self, name: str, statistic: Statistic | None) -> None:
         if statistic is not None:
-            self.statistics[name] = statistic
+            self._sums[name] = statistic
 
     @contextlib.contextmanager
     def _looking(self) -> Iterator[None]:

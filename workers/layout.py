@@ -27,6 +27,21 @@ def as_matrix(tensor: Tensor, role: Role, transposed: bool) -> Tensor:
     return matrix.T if transposed else matrix
 
 
+def as_blocks(tensor: Tensor, blocks: int, transposed: bool) -> Tensor:
+    """A view of a stack of matrices as ``[blocks, out, in]``.
+
+    Experts are stacked so already, or as ``[blocks, in, out]`` where ``transposed``; a convolution of several groups
+    ``[out, in / groups, *kernel]`` has its groups' filters one after the other.
+    """
+    stacked = tensor if tensor.dim() == 3 and len(tensor) == blocks else tensor.reshape(blocks, -1, tensor[0].numel())
+    return stacked.mT if transposed else stacked
+
+
+def from_blocks(stacked: Tensor, shape: tuple[int, ...], transposed: bool) -> Tensor:
+    """The inverse of ``as_blocks``: ``[blocks, out, in]`` in the ``shape`` the checkpoint has."""
+    return (stacked.mT if transposed else stacked).reshape(shape)
+
+
 def from_matrix(matrix: Tensor, shape: tuple[int, ...], role: Role, transposed: bool) -> Tensor:
     """The inverse of ``as_matrix``: ``[out, in]`` in the ``shape`` the checkpoint has."""
     is_turned = transposed and not (role is Role.CONVOLUTION and len(shape) > 2)

@@ -15,11 +15,12 @@ from service.contract.plan import TensorPlan
 from service.contract.recipe import Recipe
 from service.contract.treatments import Keep, Projection, ScaleMask, ShiftMask
 from service.contract.treatments import Statistic as Kind
-from workers.layout import as_matrix, from_matrix
+from workers.blocks import trim_blocks
+from workers.layout import as_blocks, as_matrix, from_blocks, from_matrix
 from workers.magnitudes import Cut
 from workers.methods import Context, merge
 from workers.proxies import proxy_squares, proxy_statistic
-from workers.statistics import Statistic
+from workers.statistics import Statistic, stack_statistics
 from workers.tensors import DTYPES
 from workers.treatments import Effect, Removed, Trimmed, trim
 
@@ -106,6 +107,8 @@ def _trim(
     untouched = Trimmed(vectors, [], [Effect() for _ in vectors])
     if isinstance(plan.treatment, Keep):
         return untouched, "keep", None
+    if isinstance(plan.treatment, Projection) and plan.blocks > 1:
+        return _trim_blocks(plan, plan.treatment, recipe, vectors, statistics)
     is_matrix = isinstance(plan.treatment, Projection)
     shaped = [as_matrix(vector, plan.role, plan.transposed) if is_matrix else vector.flatten() for vector in vectors]
     known = _known(plan, recipe, shaped, statistics)
@@ -119,6 +122,49 @@ def _trim(
         for vector in trimmed.task_vectors
     ]
     return Trimmed(back, trimmed.removed, trimmed.effects), plan.treatment.name, None
+
+
+def _trim_blocks(
+    plan: TensorPlan,
+    treatment: Projection,
+    recipe: Recipe,
+    vectors: list[Tensor],
+    statistics: Sequence[Statistic | None],
+) -> tuple[Trimmed, str, str | None]:
+    """As ``_trim``, for matrices that are stacked in one tensor."""
+    stacked = [as_blocks(vector, plan.blocks, plan.transposed) for vector in vectors]
+    known = _known_blocks(plan, recipe, stacked, statistics)
+    missing = [task.name for task, statistic in zip(recipe.tasks, known, strict=True) if _is_empty(statistic)]
+    if missing:
+        untouched = Trimmed(vectors, [], [Effect() for _ in vectors])
+        return untouched, "keep", f"no statistics in {', '.join(missing)}"
+    _refuse_misfits(plan, recipe, stacked[0].shape[-1], known)
+    _refuse_other_blocks(plan, recipe, known)
+    trimmed = trim_blocks(stacked, known, treatment, plan.role)
+    back = [from_blocks(vector, plan.shape, plan.transposed) for vector in trimmed.task_vectors]
+    return Trimmed(back, trimmed.removed, trimmed.effects), treatment.name, None
+
+
+def _known_blocks(
+    plan: TensorPlan, recipe: Recipe, stacked: Sequence[Tensor], statistics: Sequence[Statistic | None]
+) -> list[Statistic | None]:
+    method = plan.method or recipe.method
+    if recipe.has_features or not isinstance(method, Cat):
+        return list(statistics)
+    return [
+        stack_statistics([proxy_statistic(block, method.proxy, method.proxy_rank) for block in vector])
+        for vector in stacked
+    ]
+
+
+def _refuse_other_blocks(plan: TensorPlan, recipe: Recipe, known: Sequence[Statistic | None]) -> None:
+    for task, statistic in zip(recipe.tasks, known, strict=True):
+        if statistic is not None and len(statistic.block_rows) != plan.blocks:
+            raise BadInput(
+                f"task {task.name!r}: the statistics of {plan.name!r} are about {len(statistic.block_rows) or 1} "
+                f"matrices, but {plan.blocks} are stacked there",
+                tensor=plan.name,
+            )
 
 
 def _known(

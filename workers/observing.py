@@ -52,8 +52,10 @@ class Call:
 
     def tells(self, attribute: str, role: Role) -> bool:
         """Whether modules of this kind tell the inputs of such a parameter by their own."""
-        if role is Role.CONVOLUTION:
+        if role in (Role.CONVOLUTION, Role.GROUPED_CONVOLUTION):
             return isinstance(self.module, CONVOLUTIONS)
+        if role is Role.EXPERTS:
+            return is_experts(self.module)
         if role is Role.SCALE:
             return is_scaling_module(self.module)
         if role is Role.EMBEDDING:
@@ -71,7 +73,7 @@ def observe(call: Call, attribute: str, role: Role, batch: Batch, so_far: Statis
     """
     if role is Role.EMBEDDING:
         return _observe_table(call, attribute, batch, so_far)
-    rows = _rows(call, attribute, role, batch)
+    rows = input_rows(call, attribute, role, batch)
     return so_far if rows is None else add_rows(rows, role, so_far)
 
 
@@ -88,11 +90,15 @@ def add_indices(indices: Tensor, size: int, batch: Batch, so_far: Statistic | No
     return observe_indices(torch.bincount(attended, minlength=size), attended.numel(), so_far)
 
 
-def _rows(call: Call, attribute: str, role: Role, batch: Batch) -> Tensor | None:
+def input_rows(call: Call, attribute: str, role: Role, batch: Batch) -> Tensor | None:
+    """The rows that this call sends into a matrix ``[n, in]`` or a scale ``[n, d]``; None: they can't be told.
+
+    A convolution of several groups gets ``[groups, n, in]``.
+    """
     x = call.input
     if x is None or not x.is_floating_point():
         return None
-    if role is Role.CONVOLUTION and isinstance(call.module, CONVOLUTIONS):
+    if role in (Role.CONVOLUTION, Role.GROUPED_CONVOLUTION) and isinstance(call.module, CONVOLUTIONS):
         return unfolded(call.module, x)
     if role is Role.SCALE:
         return positions(before_scale(call, attribute), batch)
@@ -167,9 +173,9 @@ def positions(x: Tensor, batch: Batch) -> Tensor:
 def unfolded(module: nn.Module, x: Tensor) -> Tensor | None:
     """The patches of ``x [B, C, *size]`` that a convolution's kernel meets, ``[n, C * prod(kernel)]``, kernel last.
 
-    None for grouped convolutions: each group has inputs of its own, and one second moment can't stand for all of them.
+    With several groups, each has inputs of its own: ``[groups, n, C / groups * prod(kernel)]``.
     """
-    if not isinstance(module, CONVOLUTIONS) or module.groups != 1:
+    if not isinstance(module, CONVOLUTIONS):
         return None
     spatial = len(module.kernel_size)
     if x.dim() == spatial + 1:  # a single unbatched sample
@@ -181,7 +187,10 @@ def unfolded(module: nn.Module, x: Tensor) -> Tensor | None:
         reach = dilation * (module.kernel_size[axis] - 1) + 1
         x = x.unfold(2 + axis, reach, stride)[..., ::dilation]
     order = (0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial))
-    return x.permute(order).flatten(0, spatial).flatten(1)
+    patches = x.permute(order).flatten(0, spatial)
+    if module.groups == 1:
+        return patches.flatten(1)
+    return torch.stack([part.flatten(1) for part in patches.chunk(module.groups, dim=1)])
 
 
 def before_scale(call: Call, attribute: str) -> Tensor:

@@ -84,10 +84,10 @@ class Runner:
             if released is not None:
                 self._ring([released])
         except Failure as failure:
-            self._fail(claim, failure)
+            self._fail(claim, failure, watch)
         except Exception as error:
             logger.exception("%s of %s failed", claim.name, claim.job_id)
-            self._fail(claim, WorkerError(f"{claim.stage} of {claim.name!r}: {type(error).__name__}: {error}"))
+            self._fail(claim, WorkerError(f"{claim.stage} of {claim.name!r}: {type(error).__name__}: {error}"), watch)
         return None
 
     def _work(self, claim: Claim, watch: Watch) -> Work:
@@ -101,11 +101,12 @@ class Runner:
             so_far=lambda: self._parts.so_far(claim.job_id),
         )
 
-    def _fail(self, claim: Claim, failure: Failure) -> None:
+    def _fail(self, claim: Claim, failure: Failure, watch: Watch) -> None:
         logger.warning("%s of %s: %s: %s", claim.stage, claim.job_id, failure.code, failure)
-        has_failed = self._parts.fail(claim, failure)
-        if has_failed and not failure.retryable:
+        if not failure.retryable and self._parts.heartbeat(claim, watch.counters):
+            # Before it is told: whoever hears of it may retry at once, into the same folder.
             remove_outputs(self._objects, claim, self._connections.workspace)
+        self._parts.fail(claim, failure)
 
     def _move_on(self, claim: Claim, done: Done, watch: Watch) -> None:
         messages = self._parts.complete(claim, done, watch.counters)

@@ -271,7 +271,7 @@ def _from_module(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> P
     if is_scale(module, attribute, shape):
         return Parameter(Role.SCALE)
     if is_experts(module):
-        return Parameter(Role.SHIFT) if attribute.endswith("_bias") else None
+        return _from_experts(module, attribute, shape)
     if isinstance(module, nn.MultiheadAttention):
         return _from_attention(attribute)
     if attribute != "weight":
@@ -281,10 +281,22 @@ def _from_module(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> P
     if isinstance(module, Conv1D):
         return Parameter(Role.LINEAR, transposed=True)
     if isinstance(module, CONVOLUTIONS):
-        return Parameter(Role.CONVOLUTION)
+        return _from_convolution(module.groups)
     if isinstance(module, nn.Embedding):
         return Parameter(Role.EMBEDDING, transposed=True)
     return None
+
+
+def _from_convolution(groups: int) -> Parameter:
+    return Parameter(Role.CONVOLUTION) if groups == 1 else Parameter(Role.GROUPED_CONVOLUTION, blocks=groups)
+
+
+def _from_experts(module: nn.Module, attribute: str, shape: tuple[int, ...]) -> Parameter | None:
+    if attribute.endswith("_bias"):
+        return Parameter(Role.SHIFT)
+    if attribute not in ("gate_up_proj", "up_proj", "down_proj") or len(shape) != 3:
+        return None
+    return Parameter(Role.EXPERTS, transposed=stores_experts_transposed(module), blocks=shape[0])
 
 
 def _from_attention(attribute: str) -> Parameter | None:

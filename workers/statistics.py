@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ class Statistic:
 
     ``factor`` is ``[r, in]`` with ``factor.T @ factor`` the sum over rows of x x^T, r <= in. ``diagonal`` is ``[d]``,
     the sum over rows of x^2 per dimension, where the inputs are one-hot (token counts) or only their squares matter.
+    Matrices that are stacked have one factor each, ``[blocks, r, in]`` with rows of zeros where one has fewer than r,
+    and ``block_rows`` says how many rows each of them saw.
 
     Raises:
         BadInput: neither form or both are given, a shape is wrong, or ``rows`` is negative.
@@ -24,12 +27,15 @@ class Statistic:
     rows: int
     factor: Tensor | None = None
     diagonal: Tensor | None = None
+    block_rows: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.factor is None) == (self.diagonal is None):
             raise BadInput("a statistic has either a factor or a diagonal, and not both")
-        if self.factor is not None and self.factor.dim() != 2:
+        if self.factor is not None and self.factor.dim() != (3 if self.block_rows else 2):
             raise BadInput(f"a statistic's factor has two dimensions, not the shape {list(self.factor.shape)}")
+        if self.block_rows and self.held.shape[0] != len(self.block_rows):
+            raise BadInput(f"a statistic has {len(self.held)} blocks, but the row counts of {len(self.block_rows)}")
         if self.diagonal is not None and self.diagonal.dim() != 1:
             raise BadInput(f"a statistic's diagonal has one dimension, not the shape {list(self.diagonal.shape)}")
         if self.rows < 0:
@@ -40,6 +46,10 @@ class Statistic:
         """The number of input dimensions."""
         return self.held.shape[-1]
 
+    def block(self, index: int) -> Statistic:
+        """The statistic of one of the stacked matrices."""
+        return Statistic(rows=self.block_rows[index], factor=self.held[index])
+
     @property
     def held(self) -> Tensor:
         """The factor or the diagonal, whichever it is."""
@@ -47,6 +57,21 @@ class Statistic:
         if held is None:
             raise BadInput("a statistic has either a factor or a diagonal, and not both")
         return held
+
+
+def stack_statistics(blocks: Sequence[Statistic | None]) -> Statistic | None:
+    """One statistic of stacked matrices from one factor for each; None where no matrix has any."""
+    widths = [block.width for block in blocks if block is not None]
+    if not widths:
+        return None
+    longest = max(len(block.held) for block in blocks if block is not None)
+    like = next(block.held for block in blocks if block is not None)
+    factor = like.new_zeros(len(blocks), longest, widths[0])
+    for place, block in zip(factor, blocks, strict=True):
+        if block is not None:
+            place[: len(block.held)] = block.held
+    rows = tuple(block.rows if block is not None else 0 for block in blocks)
+    return Statistic(rows=sum(rows), factor=factor, block_rows=rows)
 
 
 def observe_rows(x: Tensor, so_far: Statistic | None = None) -> Statistic:

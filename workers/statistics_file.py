@@ -19,8 +19,11 @@ from workers.tensors import NAMES, Reading, TensorReader, TensorWriter
 
 
 def named_tensors(statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:
-    """The tensors of a statistics file: ``<parameter>.rows`` [], and ``.factor`` [r, in] or ``.diagonal`` [d]."""
-    rows = {name + ROWS: torch.tensor(statistic.rows, dtype=torch.int64) for name, statistic in statistics.items()}
+    """The tensors of a statistics file: ``<parameter>.rows`` [], and ``.factor`` [r, in] or ``.diagonal`` [d].
+
+    Stacked matrices have ``.rows`` [blocks] and ``.factor`` [blocks, r, in].
+    """
+    rows = {name + ROWS: torch.tensor(s.block_rows or s.rows, dtype=torch.int64) for name, s in statistics.items()}
     held = {name + (DIAGONAL if s.factor is None else FACTOR): s.held for name, s in statistics.items()}
     wide_first = sorted(held.items(), key=lambda item: -item[1].element_size())
     return {**rows, **dict(wide_first)}
@@ -42,7 +45,7 @@ class StatisticsReading:
 
     address: str
     reading: Reading
-    rows: Mapping[str, int]
+    rows: Mapping[str, tuple[int, ...]]
 
     def wait(self) -> dict[str, Statistic]:
         """The statistics by parameter. Raises BadTensor where one holds NaN or infinity."""
@@ -52,8 +55,10 @@ class StatisticsReading:
             if not torch.isfinite(tensor).all():
                 detail = f"{self.address}: the statistics of {parameter!r} hold NaN or infinity"
                 raise BadTensor(detail, tensor=parameter)
+            counts = self.rows[parameter]
             form = {"factor": tensor} if f".{kind}" == FACTOR else {"diagonal": tensor}
-            found[parameter] = Statistic(rows=self.rows[parameter], **form)
+            blocks = counts if tensor.dim() == 3 else ()
+            found[parameter] = Statistic(rows=sum(counts), block_rows=blocks, **form)
         return found
 
 
@@ -77,10 +82,11 @@ class StatisticsFile:
         return StatisticsReading(self._file.address, self._reader.start(self._file, present), self._rows)
 
 
-def _read_rows(reader: TensorReader, file: Checkpoint) -> dict[str, int]:
+def _read_rows(reader: TensorReader, file: Checkpoint) -> dict[str, tuple[int, ...]]:
     keys = [key for key in file.tensors if key.endswith(ROWS)]
-    rows = {key.removesuffix(ROWS): int(tensor) for key, tensor in reader.read(file, keys).items()}
-    without = next((name for name, count in rows.items() if count < 0), None)
+    read = reader.read(file, keys)
+    rows = {key.removesuffix(ROWS): tuple(int(count) for count in tensor.flatten()) for key, tensor in read.items()}
+    without = next((name for name, counts in rows.items() if min(counts, default=-1) < 0), None)
     if without is not None:
         raise BadInput(f"{file.address}: {without}{ROWS} is negative", tensor=without)
     return rows

@@ -23,7 +23,7 @@ class TensorPlan(Frozen):
     """What happens to one output tensor.
 
     ``source`` says whether it is merged, or copied from the base (integers, and what no task has).
-    ``transposed`` marks the layout [in, out]. ``method`` is given where an override changes the recipe's for this
+    ``transposed`` marks the layout [in, out], ``blocks`` counts stacked matrices with inputs of their own. ``method`` is given where an override changes the recipe's for this
     tensor; ``observed`` says that the method must know the tensor's inputs in order to combine task vectors.
     """
 
@@ -36,6 +36,7 @@ class TensorPlan(Frozen):
     transposed: bool
     source: str = Field(pattern="^(merged|base)$")
     treatment: Treatment
+    blocks: int = 1
     method: AnyMethod | None = None
     observed: bool = False
 

@@ -80,6 +80,7 @@ def _tensor(recipe: Recipe, info: TensorInfo, parameter: Parameter, is_merged: b
         role=parameter.role,
         guessed=parameter.guessed,
         transposed=parameter.transposed,
+        blocks=parameter.blocks,
         source="merged" if is_merged else "base",
         treatment=_treatment(recipe, method, info.name, parameter.role) if is_merged else Keep(),
         method=override,

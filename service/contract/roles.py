@@ -14,13 +14,15 @@ class Parameter:
 
     ``transposed`` marks the layout [in, out] (embedding tables, GPT-2's ``Conv1D``). ``guessed`` says that the role
     comes from name and shape and not from the model's own modules. ``tied_to`` is the checkpoint name of the tensor
-    this one must stay equal to.
+    this one must stay equal to. ``blocks`` is how many matrices with inputs of their own lie one after the other along
+    the first dimension: stacked experts, groups of a convolution.
     """
 
     role: Role
     transposed: bool = False
     guessed: bool = False
     tied_to: str | None = None
+    blocks: int = 1
 
 
 # Each is searched in the last part of a name once ".weight" is taken off: "wte" of "h.wte.weight".

@@ -55,8 +55,10 @@ def statistics_faults(tensors: Mapping[str, TensorInfo], parameters: Mapping[str
         if f".{kind}" not in (FACTOR, DIAGONAL, ROWS) or parameter not in parameters:
             faults.append(f"tensor {name!r} is no <parameter>.factor, .diagonal or .rows of this checkpoint")
         elif f".{kind}" == ROWS:
-            if prod(info.shape) != 1 or info.dtype not in INTEGERS:
-                faults.append(f"tensor {name!r} is {info.dtype} {list(info.shape)}; it must be one whole number")
+            blocks = _blocks(tensors.get(parameter + FACTOR))
+            if prod(info.shape) != blocks or info.dtype not in INTEGERS:
+                wanted = "one whole number" if blocks == 1 else f"{blocks} whole numbers, one per factor"
+                faults.append(f"tensor {name!r} is {info.dtype} {list(info.shape)}; it must be {wanted}")
         else:
             faults += _statistic_faults(name, parameter + ROWS, info, parameters[parameter], tensors)
     return faults or ([] if tensors else ["it holds no statistics"])
@@ -70,17 +72,23 @@ def head_faults(tensors: Mapping[str, TensorInfo]) -> list[str]:
     return []
 
 
+def _blocks(factor: TensorInfo | None) -> int:
+    """How many matrices a factor [blocks, r, in] is about; a factor [r, in] is about one."""
+    return factor.shape[0] if factor is not None and len(factor.shape) == 3 else 1
+
+
 def _statistic_faults(
     name: str, rows: str, info: TensorInfo, parameter: TensorInfo, tensors: Mapping[str, TensorInfo]
 ) -> list[str]:
     faults = [] if rows in tensors else [f"tensor {rows!r} is missing: over how many rows {name!r} was summed"]
     if not info.dtype.startswith(("F", "BF")):
         faults.append(f"tensor {name!r} is {info.dtype}; it must be of a floating-point type")
-    if len(info.shape) != (2 if name.endswith(FACTOR) else 1):
+    if len(info.shape) not in ((2, 3) if name.endswith(FACTOR) else (1,)):
         return [*faults, f"tensor {name!r} has shape {list(info.shape)}; a factor is [r, in], a diagonal [d]"]
     width = info.shape[-1]
     # [in, out] layouts and convolutions are only told apart where the model's modules are known.
     possible = {*parameter.shape, prod(parameter.shape[1:]), prod(parameter.shape[:-1])}
+    possible |= set(parameter.shape[1:])  # stacked experts
     if width not in possible:
         faults.append(f"tensor {name!r} is {width} wide, but {parameter.name!r} is {list(parameter.shape)}")
     return faults

@@ -17,6 +17,8 @@ class Role(StrEnum):
 
     LINEAR = "linear"
     CONVOLUTION = "convolution"
+    GROUPED_CONVOLUTION = "grouped_convolution"  # each group of channels has a kernel and inputs of its own
+    EXPERTS = "experts"  # linear weights stacked as [experts, out, in]
     EMBEDDING = "embedding"
     SCALE = "scale"
     SHIFT = "shift"
@@ -37,7 +39,13 @@ Moments = Literal["mean", "sum"]
 class Projection(Frozen):
     """Removes from every other task's vector the output directions in which it disturbs this task's outputs."""
 
-    roles: ClassVar[tuple[Role, ...]] = (Role.LINEAR, Role.CONVOLUTION, Role.EMBEDDING)
+    roles: ClassVar[tuple[Role, ...]] = (
+        Role.LINEAR,
+        Role.CONVOLUTION,
+        Role.GROUPED_CONVOLUTION,
+        Role.EXPERTS,
+        Role.EMBEDDING,
+    )
     statistic: ClassVar[Statistic] = Statistic.SECOND_MOMENT
     paper: ClassVar[str] = f"{PAPER}, eq. for linear weights"
 

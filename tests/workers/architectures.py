@@ -57,6 +57,9 @@ EXPERTS: dict[str, Any] = {
 }
 
 
+NO_YARN: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+
+
 def whole(samples: int = 5) -> dict[str, Tensor]:
     """Random tokens without padding, for models that look at it: SigLIP by design, BLIP's answers by a missing mask."""
     return {"input_ids": tokens(samples)["input_ids"]}
@@ -136,10 +139,14 @@ CASES: dict[str, Case] = {
         pixels(),
     ),
     "ConvNextForImageClassification": Case(
-        "convnext", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16}, pixels()
+        "convnext",
+        {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16},
+        pixels(),
     ),
     "ConvNextV2ForImageClassification": Case(
-        "convnextv2", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16}, pixels()
+        "convnextv2",
+        {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16},
+        pixels(),
     ),
     "ResNetForImageClassification": Case(
         "resnet", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}, pixels(3, 32), other=RUNNING
@@ -168,6 +175,9 @@ CASES: dict[str, Case] = {
     "MixtralForCausalLM": Case("mixtral", {**CHAT, "num_local_experts": 4, "num_experts_per_tok": 2}, tokens()),
     "Qwen2MoeForCausalLM": Case("qwen2_moe", EXPERTS, tokens()),
     "Qwen3MoeForCausalLM": Case("qwen3_moe", {**EXPERTS, "head_dim": 8}, tokens()),
+    "GptOssForCausalLM": Case(
+        "gpt_oss", {**CHAT, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, **NO_YARN}, tokens()
+    ),
     "T5ForConditionalGeneration": Case("t5", T5, {**tokens(5), **targets()}),
     "T5EncoderModel": Case("t5", T5, tokens()),
     "BartForConditionalGeneration": Case(

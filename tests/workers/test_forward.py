@@ -228,8 +228,16 @@ def test_unfolded_rows_times_the_matrix_is_the_convolution(module: Any, size: tu
         torch.testing.assert_close(rows @ module.weight.flatten(1).T + module.bias, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_grouped_convolutions_have_no_statistic() -> None:
-    assert unfolded(nn.Conv2d(4, 4, 3, groups=2), torch.zeros(1, 4, 5, 5)) is None
+def test_each_group_of_a_convolution_has_rows_of_its_own() -> None:
+    x = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(0))
+    module = nn.Conv2d(6, 9, 3, padding=1, groups=3)
+    rows = unfolded(module, x)
+    assert rows is not None
+    assert rows.shape == (3, 2 * 25, 2 * 9)
+    with torch.no_grad():
+        answers = rows @ module.weight.reshape(3, 3, 18).mT
+        expected = (module(x) - module.get_parameter("bias")[:, None, None]).movedim(1, -1).reshape(50, 3, 3)
+        torch.testing.assert_close(answers.movedim(0, 1), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Brea
     of this tensor, at least one, or of the whole task vector where the context knows its cuts.
     """
     crumbs = [
-        task_vector * _between(task_vector, params, context.cuts[k] if context.cuts else None)
+        task_vector * _between(task_vector, params, context.cuts[k] if params.surveys else None)
         for k, task_vector in enumerate(task_vectors)
     ]
     return combine(crumbs, weights, params.combine).mul_(params.scaling)

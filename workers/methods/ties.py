@@ -21,14 +21,14 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Ties
     entry survived trimming and has that sign.
     """
     trimmed = [
-        _largest(task_vector, params.density, context.cuts[k][0] if context.cuts else None)
+        _largest(task_vector, params.density, context.cuts[k][0] if params.surveys else None)
         for k, task_vector in enumerate(task_vectors)
     ]
     return agreed_mean(trimmed, weights).mul_(params.scaling)
 
 
 def _largest(task_vector: Tensor, density: float, cut: Cut | None) -> Tensor:
-    """``task_vector`` with zeros outside its largest entries: as ``cut`` says, else ``density`` of all, at least one."""
+    """``task_vector`` without what lies below the ``cut``, or else outside the largest ``density``, at least one."""
     sizes = task_vector.abs().flatten()
     if cut is None:
         count = share_of(density, sizes.numel(), least=1)

@@ -39,7 +39,7 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Wudi
 
 
 def _descended(start: Tensor, rows: Tensor, answers: Tensor, params: Wudi) -> Tensor:
-    """Where Adam gets to from ``start [out, in]`` on ||T R^T - Y||^2, with R ``rows [r, in]``, Y ``answers [out, r]``."""
+    """Where Adam gets to from ``start [out, in]`` on ||T R^T - Y||^2; R are ``rows [r, in]``, Y ``answers``."""
     wide = rows.double()
     target = (answers @ wide).to(start.dtype)
     moment = (wide.T @ wide).to(start.dtype)
