@@ -38,9 +38,7 @@ KINDS = {
     "vit": Kind(
         "ViTForImageClassification", "vit", IMAGE, lambda count, seed: pixels(count, IMAGE["image_size"], seed)
     ),
-    "bert": Kind(
-        "BertForSequenceClassification", "bert", TEXT, lambda count, seed: tokens(count, length=8, seed=seed)
-    ),
+    "bert": Kind("BertForSequenceClassification", "bert", TEXT, lambda count, seed: tokens(count, length=8, seed=seed)),
 }
 
 

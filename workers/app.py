@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import billiard.pool
 from celery import Celery
 from celery.signals import worker_process_init
 from kombu.exceptions import KombuError
@@ -90,5 +91,8 @@ app = make_app(Connections.from_environment(os.environ), WorkerSettings.from_env
 @worker_process_init.connect  # type: ignore[untyped-decorator]
 def _warm_up(**_: Any) -> None:
     """Import torch and open the stores before the first part arrives, and not while it waits."""
+    # A parent that is asked to stop as a task begins may never read that the task ended, and the child would wait half
+    # a minute for it to. Nothing hangs on that message here: what was done is in the database.
+    billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 10  # a second
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logger.info("Ready: %s", app.runner)

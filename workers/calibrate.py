@@ -12,15 +12,14 @@ from safetensors.torch import save_file
 
 from service.contract.errors import Failure
 from service.contract.plan import Pinned
-from service.contract.treatments import Role
 from service.stores.local import LocalStore
 from service.stores.objects import Objects
 from workers.forward import check_inputs, load_model, watch_inputs
+from workers.hooks import WATCHED_ROLES
 from workers.skeleton import read_skeleton
 from workers.statistics_file import named_tensors
 from workers.tensors import TensorReader
 
-NEED_STATISTICS = (Role.LINEAR, Role.CONVOLUTION, Role.EMBEDDING, Role.SCALE)
 UNPINNED: tuple[Pinned, ...] = ()
 
 
@@ -50,9 +49,10 @@ def calibrate(checkpoint: Path, exemplars: Path, out: Path, batch_size: int, dev
     model = load_model(config, weights, device)
     check_inputs(model, inputs)
     skeleton = read_skeleton(config, {name: info.shape for name, info in opened.tensors.items()})
-    wanted = {name for name, parameter in skeleton.parameters.items() if parameter.role in NEED_STATISTICS}
+    wanted = {name for name, parameter in skeleton.parameters.items() if parameter.role in WATCHED_ROLES}
     statistics = watch_inputs(model, skeleton, inputs, batch_size, wanted, lambda _done, _of: None)
-    save_file({name: tensor.contiguous() for name, tensor in named_tensors(statistics).items()}, out)
+    # Query, key and value have the same inputs and share one statistic, which the library refuses to write thrice.
+    save_file({name: tensor.clone() for name, tensor in named_tensors(statistics).items()}, out)
     return len(statistics)
 
 

@@ -27,13 +27,13 @@ def remove_outputs(objects: Objects, claim: Claim, workspace: str) -> None:
     Only what its plan names: a recipe that may overwrite can point at a folder with other people's files in it.
     """
     try:
+        remove_scratch(objects, workspace, claim.job_id)
         # A job that failed at planning has written nothing, and an earlier result there is still whole.
         if claim.stage is not Stage.PLAN:
             plan = Plan.model_validate_json(objects.read_all(claim.prefix + artifacts.PLAN, PLAN_LIMIT_BYTES))
             objects.delete(claim.prefix + artifacts.PLAN)  # first: without it, no other part can go on by mistake
             for name in _names(plan):
                 objects.delete(claim.prefix + name)
-        remove_scratch(objects, workspace, claim.job_id)
     except Exception:  # the job has failed already; what is left is no result, and goes with its record
         logger.exception("Could not remove what %s left under %s", claim.job_id, claim.prefix)
 

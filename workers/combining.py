@@ -9,6 +9,8 @@ from torch import Tensor
 
 from service.contract.methods import Combine
 
+CHUNK = 1 << 16  # entries
+
 
 def combine(task_vectors: Sequence[Tensor], weights: Sequence[float], how: Combine) -> Tensor:
     """The weighted sum (``linear``), or the weighted mean of entries that agree with an elected sign (``ties``)."""
@@ -36,10 +38,21 @@ def agreed_mean(
     The sign of an entry is that of the sum weighted with ``votes``, or else with ``weights``; where the tasks cancel
     exactly, none is elected and the entry is 0: the election and disjoint mean of TIES-Merging (arXiv:2306.01708).
     """
-    elected = weighted_sum(task_vectors, weights if votes is None else votes).sign_()
+    flat = [task_vector.reshape(-1) for task_vector in task_vectors]
+    merged = torch.empty_like(flat[0])
+    # What fits into the cache is read from memory once; a GPU is slowed down by small pieces.
+    size = CHUNK if merged.device.type == "cpu" else max(1, merged.numel())
+    for first in range(0, merged.numel(), size):
+        part = slice(first, first + size)
+        merged[part] = _agreed([vector[part] for vector in flat], weights, weights if votes is None else votes)
+    return merged.view(task_vectors[0].shape)
+
+
+def _agreed(parts: Sequence[Tensor], weights: Sequence[float], votes: Sequence[float]) -> Tensor:
+    elected = weighted_sum(parts, votes).sign_()
     total, weight_there = torch.zeros_like(elected), torch.zeros_like(elected)
-    for task_vector, weight in zip(task_vectors, weights, strict=True):
-        agrees = (task_vector.sign() == elected) & (task_vector != 0)
-        total.add_(task_vector * agrees, alpha=weight)
-        weight_there.add_(agrees, alpha=weight)
-    return torch.where(weight_there > 0, total / weight_there, 0.0)
+    for part, weight in zip(parts, weights, strict=True):
+        agreeing = (part * elected).clamp_min_(0)  # the magnitude, or 0 where the sign is another
+        total.add_(agreeing, alpha=weight)
+        weight_there.add_(agreeing.sign_(), alpha=weight)
+    return total.div_(weight_there.masked_fill_(weight_there == 0, 1)).mul_(elected)

@@ -2,85 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.utils import logging as transformers_logging
 
 from service.contract.errors import BadInput, UnsupportedArchitecture
 from workers.exemplars import refuse_if_model_does, refuse_misfits
 from workers.hooks import Watcher
+from workers.loading import load_model as load_model
 from workers.positions import masks_of_calls
-from workers.skeleton import Skeleton, build_empty, building, find_places, read_config
+from workers.skeleton import Skeleton, build_empty
 from workers.statistics import Statistic
 
 Progress = Callable[[int, int], None]
-
-
-def load_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | str) -> nn.Module:
-    """The model of a ``config.json`` with these tensors (checkpoint name -> values), in float32 and evaluation mode.
-
-    Tensors that are float32 already are not copied: on the CPU the model shares their memory. Nothing is ever left
-    randomly initialized: only tied tensors and what a model computes itself may be absent.
-
-    Raises:
-        UnsupportedArchitecture: transformers has no such model, or can't build it.
-        BadInput: a tensor is missing, has no place in the model, or has the wrong shape.
-    """
-    model_class, model_config = read_config(config)
-    try:
-        with building, torch.random.fork_rng(devices=[]), _quiet():
-            model, loading = model_class.from_pretrained(
-                None,
-                config=model_config,
-                state_dict=dict(tensors),
-                dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                output_loading_info=True,
-            )
-    except (RuntimeError, ValueError) as error:
-        raise BadInput(f"the tensors can't be loaded into {model_class.__name__}: {error}") from error
-    _refuse_misloaded(model, tensors, loading)
-    loaded: nn.Module = model.requires_grad_(False).eval().to(device)
-    return loaded
-
-
-def _refuse_misloaded(model: nn.Module, tensors: Mapping[str, Tensor], loading: Mapping[str, Any]) -> None:
-    kind = type(model).__name__
-    names = {place.memory_name: name for name, place in find_places(model, tensors).items()}
-    for memory, found, expected in sorted(loading["mismatched_keys"]):
-        name = names.get(memory, memory)
-        raise BadInput(f"{name} has shape {list(found)}, and {kind} needs {list(expected)}", tensor=name)
-    for name in sorted(loading["missing_keys"]):
-        raise BadInput(f"{kind} needs the tensor {name}, which the checkpoint does not have", tensor=name)
-    for name in sorted(loading["unexpected_keys"]):
-        raise BadInput(f"{kind} has no place for the tensor {name}", tensor=name)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar and no loading report from this thread; what is wrong is raised. Needs ``building`` held."""
-    thread = threading.get_ident()
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def is_elsewhere(record: logging.LogRecord) -> bool:
-        return record.thread != thread
-
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    logger.addFilter(is_elsewhere)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_elsewhere)
-        if had_bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def check_inputs(model: nn.Module | Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:
@@ -96,7 +34,7 @@ def check_inputs(model: nn.Module | Mapping[str, Any], inputs: Mapping[str, Tens
     if not inputs:
         raise BadInput("there are no inputs: a file of samples holds tensors by the names of the model's inputs")
     refuse_misfits(subject, inputs)
-    if not any(parameter.is_meta for parameter in subject.parameters()):
+    if not all(parameter.is_meta for parameter in subject.parameters()):
         first = {name: values[:1] for name, values in inputs.items()}
         refuse_if_model_does(subject, next(_batches(first, 1, _device(subject))))
 
@@ -114,7 +52,7 @@ def watch_inputs(
     ``inputs`` are ``[n, ...]`` by forward argument, ``wanted`` names as the checkpoint has them. Rows are positions;
     where there is an ``attention_mask`` or a ``decoder_attention_mask``, the positions it leaves out are none.
     ``on_progress`` gets the samples done and their number after every batch, and may raise. A parameter whose inputs
-    were never seen, or whose kind of input can't be stated as a second moment (grouped convolutions), is absent from
+    were never seen, or have no one second moment (one matrix for query and key whose inputs differ), is absent from
     the result.
     """
     watcher = Watcher(model, skeleton, wanted)
@@ -201,12 +139,12 @@ def _fit(values: Tensor) -> Tensor:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
 
 
 def _on_cpu(statistic: Statistic) -> Statistic:
     if statistic.factor is not None:
-        return Statistic(statistic.rows, factor=statistic.factor.cpu())
+        return replace(statistic, factor=statistic.factor.cpu())
     if statistic.diagonal is not None:
-        return Statistic(statistic.rows, diagonal=statistic.diagonal.cpu())
+        return replace(statistic, diagonal=statistic.diagonal.cpu())
     return statistic

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -47,13 +47,26 @@ class FunctionalUses(TorchFunctionMode):
     Parameters are known by their memory: a view of all their entries (a transpose) counts, a view of a part does not.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], on_use: OnUse) -> None:
+    def __init__(self, parameters: Mapping[str, tuple[nn.Module, str]], on_use: OnUse) -> None:
         super().__init__()
-        self._by_memory: dict[int, list[tuple[str, Tensor]]] = {}
-        for name, tensor in parameters.items():
-            self._by_memory.setdefault(tensor.data_ptr(), []).append((name, tensor))
-        self._sizes = {tensor.numel() for tensor in parameters.values()}
+        self._parameters = parameters
+        self._by_memory: dict[int, list[str]] = {}
+        self._sizes = {getattr(module, attribute).numel() for module, attribute in parameters.values()}
         self._on_use = on_use
+        self.learn(parameters)
+
+    def learn(self, names: Iterable[str]) -> None:
+        """Look where these parameters lie now: they may come and go."""
+        for name in names:
+            parameter = self._now(name)
+            known = self._by_memory.setdefault(parameter.data_ptr(), [])
+            if not parameter.is_meta and name not in known:
+                known.append(name)
+
+    def _now(self, name: str) -> Tensor:
+        module, attribute = self._parameters[name]
+        parameter: Tensor = getattr(module, attribute)
+        return parameter
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -66,8 +79,10 @@ class FunctionalUses(TorchFunctionMode):
     def _tell(self, tensor: Any, use_of: Callable[[Tensor], Use | None]) -> None:
         if not isinstance(tensor, Tensor) or tensor.numel() not in self._sizes or not _has_memory(tensor):
             return
-        for name, parameter in self._by_memory.get(tensor.data_ptr(), ()):
-            use = use_of(parameter) if parameter.numel() == tensor.numel() else None
+        for name in self._by_memory.get(tensor.data_ptr(), ()):
+            parameter = self._now(name)
+            is_it = parameter.numel() == tensor.numel() and parameter.data_ptr() == tensor.data_ptr()
+            use = use_of(parameter) if is_it else None
             if use is not None:
                 self._on_use(name, use)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from service.contract.recipe import Gate
 
+ROUNDING = 1e-12  # 0.72 of 0.8 is 0.9, though floating point has it a little below
+
 
 def metrics(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """Per task accuracies of base, expert and merged, and the mean and worst retention. None without an evaluation.
@@ -35,7 +37,7 @@ def judge(gates: Sequence[Gate], measured: Mapping[str, Any] | None) -> list[dic
 
 
 def _verdict(gate: Gate, value: float | None) -> dict[str, Any]:
-    passed = value is not None and value >= gate.at_least
+    passed = value is not None and value >= gate.at_least - ROUNDING
     return {"metric": gate.metric, "task": gate.task, "at_least": gate.at_least, "value": value, "passed": passed}
 
 

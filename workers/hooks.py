@@ -92,8 +92,13 @@ class Watcher:
                 for module, attribute in self._visible_owners(name):
                     hook = self._hook(name, attribute)
                     stack.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-            whole = {name: tensor for name, tensor in self._tensors.items() if name not in self._skeleton.experts}
-            stack.enter_context(FunctionalUses(whole, self._see_use))
+            owners = {name: (module, attribute) for name, (_, attribute, module) in self._sources.items()}
+            uses = FunctionalUses(
+                {name: owners[name] for name in owners if name not in self._skeleton.experts}, self._see_use
+            )
+            for module, names in self._arriving().items():
+                stack.enter_context(module.register_forward_pre_hook(_learning(uses, names)))
+            stack.enter_context(uses)
             yield
 
     def run(self, inputs: Mapping[str, Tensor], masks: Mapping[tuple[str, int], Along]) -> None:
@@ -115,6 +120,16 @@ class Watcher:
     def _is_watched(self, name: str) -> bool:
         parameter = self._skeleton.parameters.get(name)
         return parameter is not None and parameter.role in WATCHED_ROLES and name in self._skeleton.memory_names
+
+    def _arriving(self) -> dict[nn.Module, list[str]]:
+        """The modules around parameters that are not there yet: when one of them is called, they may have come."""
+        found: dict[nn.Module, list[str]] = {}
+        for name, (path, _, _) in self._sources.items():
+            if self._tensors[name].is_meta and name not in self._skeleton.experts:
+                parts = path.split(".")
+                for length in range(1, len(parts) + 1):
+                    found.setdefault(self._model.get_submodule(".".join(parts[:length])), []).append(name)
+        return found
 
     def _visible_owners(self, name: str) -> list[tuple[nn.Module, str]]:
         """The modules that tell the inputs of this parameter when they are called: several where a table is shared."""
@@ -233,6 +248,13 @@ class Watcher:
         along = self._masks.get(call)
         samples = len(next(iter(self._inputs.values())))
         return Batch(samples, self._inputs[along.mask], along.axis) if along else Batch(samples, None)
+
+
+def _learning(uses: FunctionalUses, names: list[str]) -> Callable[..., None]:
+    def learn(module: nn.Module, args: tuple[Any, ...]) -> None:  # noqa: ARG001 (torch's signature)
+        uses.learn(names)
+
+    return learn
 
 
 def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -27,13 +27,13 @@ def as_matrix(tensor: Tensor, role: Role, transposed: bool) -> Tensor:
     return matrix.T if transposed else matrix
 
 
-def as_blocks(tensor: Tensor, blocks: int, transposed: bool) -> Tensor:
+def as_blocks(tensor: Tensor, role: Role, blocks: int, transposed: bool) -> Tensor:
     """A view of a stack of matrices as ``[blocks, out, in]``.
 
     Experts are stacked so already, or as ``[blocks, in, out]`` where ``transposed``; a convolution of several groups
     ``[out, in / groups, *kernel]`` has its groups' filters one after the other.
     """
-    stacked = tensor if tensor.dim() == 3 and len(tensor) == blocks else tensor.reshape(blocks, -1, tensor[0].numel())
+    stacked = tensor if role is Role.EXPERTS else tensor.reshape(blocks, -1, tensor[0].numel())
     return stacked.mT if transposed else stacked
 
 

@@ -66,6 +66,7 @@ def merge_tensor(
         statistics=statistics,
         seed=recipe.seed,
         cuts=cuts,
+        blocks=plan.blocks,
     )
     update = merge(trimmed.task_vectors, [task.weight for task in recipe.tasks], method, context)
     tensor = (start + update).to(DTYPES[plan.dtype])
@@ -132,7 +133,7 @@ def _trim_blocks(
     statistics: Sequence[Statistic | None],
 ) -> tuple[Trimmed, str, str | None]:
     """As ``_trim``, for matrices that are stacked in one tensor."""
-    stacked = [as_blocks(vector, plan.blocks, plan.transposed) for vector in vectors]
+    stacked = [as_blocks(vector, plan.role, plan.blocks, plan.transposed) for vector in vectors]
     known = _known_blocks(plan, recipe, stacked, statistics)
     missing = [task.name for task, statistic in zip(recipe.tasks, known, strict=True) if _is_empty(statistic)]
     if missing:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from service.contract.checkpoint import Checkpoint, TensorInfo
 from service.contract.errors import Fault
+from service.contract.patterns import matches
 from service.contract.recipe import Recipe
 from service.contract.roles import guess_role
 from service.contract.treatments import Role
@@ -70,7 +70,7 @@ def _heads(recipe: Recipe, base: Checkpoint, tasks: Sequence[Checkpoint]) -> fro
         name
         for checkpoint in (base, *tasks)
         for name in checkpoint.tensors
-        if any(fnmatchcase(name, pattern) for pattern in recipe.heads)
+        if any(matches(name, pattern) for pattern in recipe.heads)
     }
     resized = {name for name, info in base.tensors.items() if len(info.shape) > 1 and _is_resized(info, tasks)}
     owners = {name.rpartition(".")[0] for name in resized}

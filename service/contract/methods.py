@@ -15,7 +15,7 @@ Scope = Literal["model", "tensor"]
 Combine = Literal["linear", "ties"]
 Rescale = Literal["density", "l1"]
 
-MATRICES = (Role.LINEAR, Role.CONVOLUTION)
+MATRICES = (Role.LINEAR, Role.CONVOLUTION, Role.GROUPED_CONVOLUTION, Role.EXPERTS)
 
 
 class Method(Frozen):
@@ -24,7 +24,8 @@ class Method(Frozen):
     ``trims`` says whether task vectors are treated before they are combined, ``combines`` which function of
     ``workers.methods`` combines them, ``any_order`` that the order of tasks does not matter beyond rounding,
     ``draws`` that random numbers are drawn (from the recipe's seed), ``task_limit`` how many tasks it takes at most,
-    ``observes`` the roles whose inputs it must have statistics of in order to combine them.
+    ``observes`` the roles whose inputs it must have statistics of in order to combine them, ``by_matrix`` that it
+    looks at whole matrices, so that stacked ones are merged one by one.
     """
 
     paper: ClassVar[str] = "none"
@@ -34,6 +35,7 @@ class Method(Frozen):
     draws: ClassVar[bool] = False
     task_limit: ClassVar[int | None] = None
     observes: ClassVar[tuple[Role, ...]] = ()
+    by_matrix: ClassVar[bool] = False
 
     @property
     def combining(self) -> Method:
@@ -304,6 +306,7 @@ class TsvM(Method):
 
     paper: ClassVar[str] = "Task Singular Vectors (TSV-M), Gargiulo et al., CVPR 2025, arXiv:2412.00081"
     combines: ClassVar[str] = "tsv_m"
+    by_matrix: ClassVar[bool] = True
 
     name: Literal["tsv_m"] = "tsv_m"
     scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector")
@@ -317,6 +320,7 @@ class IsoC(Method):
 
     paper: ClassVar[str] = "No Task Left Behind (Iso-C), Marczak et al., ICML 2025, arXiv:2502.04959"
     combines: ClassVar[str] = "iso_c"
+    by_matrix: ClassVar[bool] = True
 
     name: Literal["iso_c"] = "iso_c"
     scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector")
@@ -330,6 +334,7 @@ class IsoCts(Method):
 
     paper: ClassVar[str] = "No Task Left Behind (Iso-CTS), Marczak et al., ICML 2025, arXiv:2502.04959"
     combines: ClassVar[str] = "iso_cts"
+    by_matrix: ClassVar[bool] = True
 
     name: Literal["iso_cts"] = "iso_cts"
     scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector")
@@ -346,6 +351,7 @@ class Lot(Method):
         "Towards Minimizing Feature Drift in Model Merging (LOT Merging), Sun et al., NeurIPS 2025, arXiv:2505.23859"
     )
     combines: ClassVar[str] = "lot"
+    by_matrix: ClassVar[bool] = True
     observes: ClassVar[tuple[Role, ...]] = (*MATRICES, Role.EMBEDDING, Role.SCALE)
 
     name: Literal["lot"] = "lot"
@@ -366,6 +372,7 @@ class Regmean(Method):
         "arXiv:2212.09849"
     )
     combines: ClassVar[str] = "regmean"
+    by_matrix: ClassVar[bool] = True
     observes: ClassVar[tuple[Role, ...]] = MATRICES
 
     name: Literal["regmean"] = "regmean"
@@ -385,6 +392,7 @@ class Wudi(Method):
         "Whoever Started the Interference Should End It (WUDI-Merging), Cheng et al., ICML 2025, arXiv:2503.08099"
     )
     combines: ClassVar[str] = "wudi"
+    by_matrix: ClassVar[bool] = True
 
     name: Literal["wudi"] = "wudi"
     scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector")

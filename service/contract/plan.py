@@ -22,9 +22,10 @@ class Pinned(Frozen):
 class TensorPlan(Frozen):
     """What happens to one output tensor.
 
-    ``source`` says whether it is merged, or copied from the base (integers, and what no task has).
-    ``transposed`` marks the layout [in, out], ``blocks`` counts stacked matrices with inputs of their own. ``method`` is given where an override changes the recipe's for this
-    tensor; ``observed`` says that the method must know the tensor's inputs in order to combine task vectors.
+    ``source`` says whether it is merged, or copied from the base (integers, and what no task has). ``transposed``
+    marks the layout [in, out], ``blocks`` counts stacked matrices with inputs of their own. ``method`` is given where
+    an override changes the recipe's for this tensor; ``observed`` says that the method must know the tensor's inputs
+    in order to combine task vectors.
     """
 
     name: str

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from math import prod
 
 from service.contract import artifacts
 from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, CheckpointFile, TensorInfo, group_shards
 from service.contract.fit import Fit
 from service.contract.methods import AnyMethod
+from service.contract.patterns import matches
 from service.contract.plan import HeadPlan, Pinned, Plan, ShardPlan, TensorPlan
 from service.contract.recipe import Recipe
 from service.contract.roles import Parameter
@@ -92,7 +92,7 @@ def _treatment(recipe: Recipe, method: AnyMethod, name: str, role: Role) -> Trea
     """The first override whose pattern matches, else what the method gives the role."""
     if not method.trims:
         return Keep()
-    override = next((row for row in recipe.treatments if fnmatchcase(name, row.match)), None)
+    override = next((row for row in recipe.treatments if matches(name, row.match)), None)
     return method.treatment(role) if override is None else override.treatment()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
@@ -12,6 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, fie
 
 from service.contract.base import Frozen
 from service.contract.methods import AnyMethod, Cat, Method
+from service.contract.patterns import checked_pattern, matches
 from service.contract.treatments import TREATMENTS, Treatment, treatment_adapter
 
 MAX_TASKS = 64
@@ -38,7 +38,15 @@ Address = Annotated[
 ]
 Prefix = Annotated[Address, AfterValidator(lambda prefix: prefix if prefix.endswith("/") else prefix + "/")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Letters, digits, . _ -")]
-Pattern = Annotated[str, Field(min_length=1, max_length=512, description="Shell-style pattern over parameter names")]
+Pattern = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=512,
+        description="Shell-style pattern over parameter names; {a..b} is a number from a to b",
+    ),
+    AfterValidator(checked_pattern),
+]
 
 
 class Task(Frozen):
@@ -240,7 +248,7 @@ class Recipe(Frozen):
 
     def override(self, name: str) -> AnyMethod | None:
         """The method as the first override that matches a parameter's name changes it; None where none does."""
-        row = next((row for row in self.overrides if fnmatchcase(name, row.match)), None)
+        row = next((row for row in self.overrides if matches(name, row.match)), None)
         return None if row is None else self.method.changed(row.parameters)
 
     @property

@@ -57,17 +57,18 @@ class Program:
                 start_new_session=True,
             )
 
-    def stop(self) -> None:
-        """Ask it to stop, and kill what is left of its group."""
+    def stop(self) -> int | None:
+        """Ask it to stop, and kill what is left of its group; its exit status is 0 where it went in order."""
         if self._process is None:
-            return
-        if self._process.poll() is None:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._note(f"it did not stop within {STOP_SECONDS:g} s of SIGTERM")
+            return None
+        self._process.terminate()
+        try:
+            status = self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = None
+            self._note(f"it did not stop within {STOP_SECONDS:g} s of SIGTERM")
         self.kill()
+        return status
 
     def kill(self) -> None:
         """SIGKILL for the whole group at once, as when a machine goes down."""

@@ -272,9 +272,7 @@ def test_another_type(trial: Trial) -> None:
 def test_every_disagreement_in_one_answer(trial: Trial) -> None:
     change_tensors(trial.task, replace(BIAS, lambda tensor: tensor.half()))
     change_tensors(trial.task, replace(LINEAR, lambda tensor: tensor[:, :15]))
-    change_tensors(
-        trial.family.checkpoint(trial.family.tasks[0]), drop("vit.layernorm.bias")
-    )
+    change_tensors(trial.family.checkpoint(trial.family.tasks[0]), drop("vit.layernorm.bias"))
     trial.exemplars.unlink()
     found = trial.problem(trial.recipe())
     assert found["status"] == 422

@@ -131,7 +131,7 @@ def states(database: Database, job_id: str, stage: str) -> dict[str, int]:
     """How many parts of a stage are in which state."""
     with database.read() as connection:
         query = select(parts.c.state, func.count()).where(parts.c.job_id == job_id, parts.c.stage == stage)
-        return {state: count for state, count in connection.execute(query.group_by(parts.c.state))}
+        return dict(connection.execute(query.group_by(parts.c.state)).all())
 
 
 def frozen_at_work(stack: Stack, database: Database, job_id: str) -> None:
@@ -186,7 +186,7 @@ def test_a_worker_that_is_asked_to_stop(
     """It gives its part back: nobody waits for a lease, and nothing counts as tried in vain."""
     job_id = worker.submit(recipe(pair))["id"]
     until(lambda: states(database, job_id, "merge").get("done", 0) > 1, "parts are merged", worker.logs, every=0.01)
-    worker.worker.stop()
+    assert worker.worker.stop() == 0
     assert not states(database, job_id, "merge").get("claimed", 0)
     assert worker.job(job_id)["status"] == "running"
     worker.worker.start()
@@ -372,7 +372,7 @@ def test_a_message_twice_counts_once(worker: Stack, broker: Broker, database: Da
     frozen_at_work(worker, database, job_id)
     with broker.client() as client:
         for queue in Queue:
-            for message in client.lrange(queue.value, 0, -1):  # type: ignore[union-attr]  # the client is synchronous
+            for message in client.lrange(queue.value, 0, -1):
                 client.lpush(queue.value, message)
     worker.worker.signal(signal.SIGCONT)
     worker.succeeded(job_id)

@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from service.contract.recipe import Recipe
+from service.contract.settings import Connections
 from service.contract.stages import Stage
 from service.contract.treatments import Role
 from service.stores.database import Database
 from service.stores.parts import PartStore
 from tests.checkpoints import Family
-from tests.end_to_end.stack import Stack
+from tests.end_to_end.stack import Stack, open_stack
+from tests.servers import redis_server, s3_server
 from workers.layout import as_matrix, from_matrix
 from workers.treatments import Removed, apply_removed
 
@@ -156,19 +158,24 @@ def test_transformers_loads_it_as_it_is(result: Result, tmp_path: Path) -> None:
         assert model.float()(**samples).logits.isfinite().all()
 
 
-def test_the_manifest_lists_everything_as_it_is(real: Stack, result: Result) -> None:
+def check_manifest(stack: Stack, result: Result) -> None:
+    """Whether every file that the manifest lists is there with that size and digest, and nothing else."""
     prefix = result.job["result"]["prefix"]
     manifest = json.loads((result.folder / "merge/manifest.json").read_text())
     for row in manifest["files"]:
         data = (result.folder / row["name"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (row["size"], row["sha256"]), row["name"]
-    assert sorted(real.listed(prefix)) == sorted([row["name"] for row in manifest["files"]] + ["merge/manifest.json"])
-    listed = real.artifacts(result.job["id"])
+    assert sorted(stack.listed(prefix)) == sorted([row["name"] for row in manifest["files"]] + ["merge/manifest.json"])
+    listed = stack.artifacts(result.job["id"])
     assert {name: row["sha256"] for name, row in listed.items() if name != "merge/manifest.json"} == {
         row["name"]: row["sha256"] for row in manifest["files"]
     }
     assert manifest["job"] == result.job["id"]
     assert manifest["recipe_sha256"] == result.job["recipe_sha256"]
+
+
+def test_the_manifest_lists_everything_as_it_is(real: Stack, result: Result) -> None:
+    check_manifest(real, result)
 
 
 def test_the_manifest_says_what_it_was_made_from(result: Result) -> None:
@@ -386,6 +393,22 @@ def test_another_type_for_the_output(merge_of: Callable[..., Result], vit: Famil
     index = real.artifacts(job["id"])
     assert "model.safetensors" in index
     assert index["model.safetensors"]["size"] < 0.6 * (vit.base / "model.safetensors").stat().st_size
+
+
+def test_a_store_that_ignores_conditions(tmp_path: Path, vit: Family) -> None:
+    """The same on another S3 server, which checks signatures and knows no If-Match; and on SQLite."""
+    with redis_server() as broker, s3_server("rclone", buckets=("catmerge", "models")) as s3:
+        environment = {
+            **s3.environment(),
+            "CATMERGE_DATABASE_URL": f"sqlite:///{tmp_path / 'jobs.db'}",
+            "CATMERGE_BROKER_URL": broker.url,
+        }
+        with open_stack(tmp_path, Connections.from_environment(environment)) as stack:
+            stack.upload(vit.folder, "s3://models/vit/")
+            job = stack.run(vit.recipe("s3://models/vit/", method=CAT, evaluated=True))
+            result = Result(job, stack.download(job["id"], tmp_path / "result"), vit)
+            check_manifest(stack, result)
+    assert result.weights().keys() == result.base.keys()
 
 
 def test_a_key_makes_many_submits_one(real: Stack, vit_cat: Result) -> None:

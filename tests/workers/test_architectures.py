@@ -38,7 +38,7 @@ def watch(model: Any, skeleton: Skeleton, inputs: dict[str, Tensor], batch_size:
 
 
 def moment(statistic: Statistic) -> Tensor:
-    return statistic.held.T @ statistic.held if statistic.factor is not None else statistic.held.float()
+    return statistic.held.mT @ statistic.held if statistic.factor is not None else statistic.held.float()
 
 
 def is_named(name: str, parts: tuple[str, ...]) -> bool:
@@ -159,6 +159,24 @@ def test_an_expert_of_mixtral_sees_the_rows_that_are_routed_to_it(tmp_path: Path
             torch.testing.assert_close(moment(statistic), inner.T @ inner, rtol=1e-4, atol=1e-4)
     assert sum(statistics[f"{prefix}.{expert}.w1.weight"].rows for expert in range(4)) == 2 * int(mask.sum())
     assert statistics["model.layers.1.block_sparse_moe.gate.weight"].rows == int(mask.sum())
+
+
+def test_stacked_experts_have_one_factor_each(tmp_path: Path) -> None:
+    case = CASES["GptOssForCausalLM"]
+    model, skeleton = opened("GptOssForCausalLM", case, tmp_path)
+    statistics, mask = watch(model, skeleton, case.inputs), case.inputs["attention_mask"].bool().flatten()
+    experts = model.model.layers[0].mlp.experts
+    x, routes, _ = routed(model, case.inputs)["model.layers.0.mlp.experts"]
+    prefix = "model.layers.0.mlp.experts"
+    parameter = skeleton.parameters[f"{prefix}.gate_up_proj"]
+    assert (parameter.role, parameter.transposed, parameter.blocks) == (Role.EXPERTS, True, 4)
+    for expert in range(4):
+        rows = x[(routes == expert).any(1) & mask]
+        inner = experts._apply_gate(rows @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert])
+        for matrix, seen in {"gate_up_proj": rows, "down_proj": inner}.items():
+            statistic = statistics[f"{prefix}.{matrix}"].block(expert)
+            assert statistic.rows == len(rows)
+            torch.testing.assert_close(moment(statistic), seen.T @ seen, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

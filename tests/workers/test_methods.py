@@ -34,7 +34,7 @@ from service.contract.methods import (
 from service.contract.treatments import Role
 from workers.magnitudes import Cut
 from workers.methods import METHODS, Context, merge
-from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares
+from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares, stack_statistics
 
 WEIGHTS = [1.0, 0.5, 2.0]
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -129,6 +129,40 @@ def test_every_role_is_merged_in_float64(params: AnyMethod, role: Role, shape: t
     update = merged(drawn(*shape, dtype=torch.float64), WEIGHTS, params, role)
     assert (update.shape, update.dtype) == (shape, torch.float64)
     assert bool(update.isfinite().all())
+
+
+@every_row
+@pytest.mark.parametrize("transposed", [False, True])
+def test_stacked_matrices_are_merged_one_by_one(params: AnyMethod, transposed: bool) -> None:
+    if params.combining.draws:  # masks are drawn for the whole parameter
+        return
+    limit = params.combining.task_limit
+    stacks, names = drawn(3, 6, 4)[:limit], "abc"[:limit]
+    known = [stack_statistics([seen(Role.LINEAR, (6, 4), name + str(b)) for b in range(3)]) for name in names]
+    context = context_of(stacks, Role.EXPERTS, names, statistics=known, blocks=3, transposed=transposed)
+    stored = [stack.mT for stack in stacks] if transposed else stacks
+    base = context.base
+    context = replace(context, base=base.mT if transposed else base)
+    update = merge(stored, WEIGHTS[:limit], params, context)
+    if not params.combining.by_matrix:
+        assert update.shape == stored[0].shape
+        return
+    for b in range(3):
+        alone = replace(context, role=Role.LINEAR, transposed=False, blocks=1, base=base[b])
+        alone = replace(alone, statistics=[s.block(b) for s in known if s is not None])
+        expected = merge([stack[b] for stack in stacks], WEIGHTS[:limit], params, alone)
+        torch.testing.assert_close(update[b].T if transposed else update[b], expected)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_della_ranks_the_rows_of_stacked_matrices(transposed: bool) -> None:
+    stacks = drawn(3, 6, 4)
+    stored = [stack.mT for stack in stacks] if transposed else stacks
+    stacked = context_of(stored, Role.EXPERTS, statistics=[None] * 3, blocks=3, transposed=transposed)
+    flat = context_of([stack.flatten(0, 1) for stack in stacks], statistics=[None] * 3)
+    update = merge(stored, WEIGHTS, Della(), stacked)
+    expected = merge([stack.flatten(0, 1) for stack in stacks], WEIGHTS, Della(), flat).view(3, 6, 4)
+    torch.testing.assert_close(update.mT if transposed else update, expected)
 
 
 @every_row

@@ -65,4 +65,16 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Meth
     if task_vectors[0].numel() == 0 or not heard:
         return torch.zeros_like(task_vectors[0])
     chosen = [task_vectors[k] for k in heard]
-    return METHODS[params.combining.combines](chosen, [weights[k] for k in heard], params.combining, context.of(heard))
+    return _merge(chosen, [weights[k] for k in heard], params.combining, context.of(heard))
+
+
+def _merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Method, context: Context) -> Tensor:
+    function = METHODS[params.combines]
+    stacks = context.stacks(task_vectors) if params.by_matrix else None
+    if stacks is None:
+        return function(task_vectors, weights, params, context)
+    blocks = [
+        function([stack[index] for stack in stacks], weights, params, context.block(index))
+        for index in range(context.blocks)
+    ]
+    return context.unstacked(torch.stack(blocks))

@@ -19,17 +19,22 @@ ROW_BLOCK_ENTRIES = 1 << 20  # so many entries are ranked at a time, in whole ro
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Della, context: Context) -> Tensor:
     """Drop by magnitude, elect, fuse: DELLA-Merging (arXiv:2406.11617), with weights. Any shape.
 
-    Rows are output units: those of the matrix ``[out, in]`` for weights, the whole tensor for everything else. In a
+    Rows are output units: those of the matrix or matrices for weights, the whole tensor for everything else. In a
     row of n entries the one of rank r, counted from 0 for the largest, is dropped with the chance
     1 - density - epsilon / 2 + epsilon * (r + 1/2) / n; among equals the lower index is the larger. What is kept is
     divided by the chance it had, a multiple of 1 / 65536. Masks are drawn by rank, row after row, from the seed and the
     names of parameter and task.
     """
-    matrices = context.matrices(task_vectors)
-    rows = [task_vector.reshape(1, -1) for task_vector in task_vectors] if matrices is None else matrices
-    thinned = [_thinned(each, params, context, task) for each, task in zip(rows, context.tasks, strict=True)]
-    merged = combine(thinned, weights, params.combine).mul_(params.scaling)
-    return merged.reshape(task_vectors[0].shape) if matrices is None else context.restored(merged)
+    matrices, stacks = context.matrices(task_vectors), context.stacks(task_vectors)
+    shaped = matrices or stacks or [task_vector.reshape(1, -1) for task_vector in task_vectors]
+    thinned = [
+        _thinned(each.reshape(-1, each.shape[-1]), params, context, task)
+        for each, task in zip(shaped, context.tasks, strict=True)
+    ]
+    merged = combine(thinned, weights, params.combine).mul_(params.scaling).view(shaped[0].shape)
+    if matrices:
+        return context.restored(merged)
+    return context.unstacked(merged) if stacks else merged.reshape(context.base.shape)
 
 
 def _thinned(rows: Tensor, params: Della, context: Context, task: str) -> Tensor:

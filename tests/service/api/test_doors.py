@@ -97,7 +97,8 @@ def test_methods_are_listed(empty_front: Front) -> None:
 def test_treatments_are_listed(empty_front: Front) -> None:
     listed = empty_front.http.get("/v1/treatments").json()
     assert [row["name"] for row in listed["data"]] == list(TREATMENTS)
-    assert listed["data"][0]["roles"] == ["linear", "convolution", "embedding"]
+    roles = ["linear", "convolution", "grouped_convolution", "experts", "embedding"]
+    assert listed["data"][0]["roles"] == roles
 
 
 def test_the_service_lives_and_is_ready(empty_front: Front) -> None:

@@ -131,7 +131,10 @@ def test_files_that_the_safetensors_library_writes(objects: Objects, tmp_path: P
         ({"config.json": b"[1]", "model.safetensors": _weights("a")}, r"config\.json: it is no JSON object"),
         ({"config.json": b"\xff{", "model.safetensors": _weights("a")}, r"config\.json: it can't be read as JSON"),
         ({"config.json": {}, "model.safetensors": _weights()}, "holds no tensors"),
-        ({"config.json": {}, "model.safetensors": _weights("a")[:-1]}, r"model\.safetensors: tensor 'a': the file is cut short"),
+        (
+            {"config.json": {}, "model.safetensors": _weights("a")[:-1]},
+            r"tensor 'a': the file is cut short",
+        ),
         ({"config.json": {}, "model.safetensors": b""}, "has 0 bytes"),
         ({"config.json": {}}, r"neither model\.safetensors nor"),
         ({"config.json": {}, "x.safetensors": _weights("a")}, r"it has x\.safetensors, which can be named"),

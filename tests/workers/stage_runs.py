@@ -1,0 +1,95 @@
+"""Runs a job's stages one after another in this process, on a real folder: no broker and no database."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from service.contract.parts import Claim, Done, SoFar
+from service.contract.recipe import Recipe
+from service.contract.stages import Stage
+from service.stores.local import LocalStore
+from service.stores.objects import Objects
+from tests.workers.architectures import Case
+from tests.workers.tiny_models import build, configuration
+from workers.stages import RUN
+from workers.watch import Watch
+from workers.work import Work
+
+
+@dataclass
+class Run:
+    """A job in a folder: its models lie there, and its result is put there."""
+
+    folder: Path
+    recipe: Recipe
+    done: dict[Stage, list[Done]] = field(default_factory=dict)
+
+    def go(self) -> None:
+        """Everything up to the merged weights."""
+        asked = self._do(Stage.PLAN, 0).parts
+        for stage in (stage for stage in RUN if stage not in (Stage.PLAN, Stage.EVALUATE, Stage.FINALIZE)):
+            for part in asked:
+                if part.stage is stage:
+                    self._do(stage, part.part)
+
+    def warnings(self, stage: Stage) -> list[str]:
+        return [warning for done in self.done.get(stage, []) for warning in done.warnings]
+
+    def log(self) -> list[dict[str, Any]]:
+        """The rows of the trim log."""
+        logs = sorted((self.folder / "workspace").rglob("trim-log-*.jsonl"))
+        return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+
+    def merged(self) -> dict[str, Tensor]:
+        return load_file(self.folder / "result" / "model.safetensors")
+
+    def statistics(self) -> list[dict[str, Tensor]]:
+        return [load_file(file) for file in sorted((self.folder / "workspace").rglob("cache/statistics/*.safetensors"))]
+
+    def _do(self, stage: Stage, part: int) -> Done:
+        place = f"file://{self.folder}/"
+        claim = Claim("job", stage, part, stage.value, "token", 1, self.recipe, f"{place}result/")
+        work = Work(
+            claim=claim,
+            objects=Objects({"file": LocalStore(roots=(self.folder,))}, buckets=None, workspace=f"{place}workspace/"),
+            watch=Watch(lambda: True),
+            workspace=f"{place}workspace/",
+            device="cpu",
+            outputs=lambda wanted: [dict(done.output) for done in self.done.get(wanted, [])],
+            so_far=lambda: SoFar(0, 0, 0, 0, 0),
+        )
+        self.done.setdefault(stage, []).append(RUN[stage](work))
+        return self.done[stage][-1]
+
+
+def family(folder: Path, architecture: str, case: Case, tasks: int = 2) -> dict[str, Any]:
+    """A base, tasks a little away from it and their exemplars, written to a folder; and the recipe that merges them."""
+    base = build(architecture, configuration(case.model_type, **case.values))
+    base.save_pretrained(folder / "base")
+    rows = []
+    for seed in range(1, tasks + 1):
+        generator = torch.Generator().manual_seed(seed)
+        expert = build(architecture, configuration(case.model_type, **case.values))
+        with torch.no_grad():
+            for before, after in zip(base.parameters(), expert.parameters(), strict=True):
+                after.copy_(before + 0.05 * torch.randn(before.shape, generator=generator))
+        expert.save_pretrained(folder / f"task{seed}")
+        samples = {name: values.roll(seed, 0).contiguous() for name, values in case.inputs.items()}
+        save_file(samples, folder / f"task{seed}.safetensors")
+        rows.append(
+            {
+                "name": f"task{seed}",
+                "checkpoint": f"file://{folder}/task{seed}/",
+                "exemplars": f"file://{folder}/task{seed}.safetensors",
+            }
+        )
+    return {
+        "base": f"file://{folder}/base/",
+        "tasks": rows,
+        "method": {"name": "cat", "balance": 0.5, "scale_balance": 0.5},
+    }
