@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from service.contract.adapter import apply_adapter
 from service.contract.checkpoint import Checkpoint, Header
 from service.contract.errors import (
     BucketNotAllowed,
@@ -111,8 +112,22 @@ def _open(recipe: Recipe, objects: Objects, faults: list[Fault]) -> Opened:
     with ThreadPoolExecutor(READERS) as pool:
         read = dict(zip(checkpoints, pool.map(checkpoint, checkpoints), strict=True))
         headers = dict(zip(files, pool.map(header, files), strict=True))
-    tasks = tuple(read[f"/tasks/{i}/checkpoint"] for i in range(len(recipe.tasks)))
-    return Opened(read["/base"], tasks, headers)
+    base = read["/base"]
+    if base is not None and base.adapter is not None:
+        detail = f"{base.address} is an adapter; the base must be a whole model, the one that the adapters are for"
+        faults.append(Fault("/base", MalformedCheckpoint.code, detail))
+        base = None
+    tasks = tuple(_whole(base, read[pointer], pointer, faults) for pointer in checkpoints if pointer != "/base")
+    return Opened(base, tasks, headers)
+
+
+def _whole(base: Checkpoint | None, task: Checkpoint | None, pointer: str, faults: list[Fault]) -> Checkpoint | None:
+    """A task's checkpoint; an adapter is put on the base."""
+    if task is None or task.adapter is None:
+        return task
+    with _collecting(faults, pointer):
+        return apply_adapter(base, task) if base is not None else None
+    return None
 
 
 def _checkpoint_addresses(recipe: Recipe) -> dict[str, str]:

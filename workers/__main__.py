@@ -27,7 +27,7 @@ STOP_LIMIT_SECONDS = 25  # less than the 30 s that orchestrators allow before th
 
 
 def main() -> int:
-    """Run until SIGTERM or SIGINT, then stop at the next tensor."""
+    """Run until SIGTERM or SIGINT, then stop at the next tensor. The exit code is 1 where no child could start."""
     try:
         Connections.from_environment(os.environ)
         settings = WorkerSettings.from_environment(os.environ)
@@ -38,14 +38,13 @@ def main() -> int:
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory(prefix="catmerge-worker-") as folder:
         os.environ["CATMERGE_STOP_FILE"] = str(Path(folder) / "stop")
-        _run(Path(os.environ["CATMERGE_STOP_FILE"]))
-    return 0
+        return _run(Path(os.environ["CATMERGE_STOP_FILE"]))
 
 
-def _run(stop_file: Path) -> None:
+def _run(stop_file: Path) -> int:
     from celery.signals import worker_shutting_down
 
-    from workers.app import app
+    from workers.app import app, failed_file
 
     def leave(**_: Any) -> None:
         stop_file.touch()
@@ -57,6 +56,7 @@ def _run(stop_file: Path) -> None:
     app.worker_main(
         ["worker", "--pool=prefork", "--loglevel=INFO", "-Q", queues, "--without-gossip", "--without-mingle"]
     )
+    return 1 if failed_file(stop_file).exists() else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,14 @@ class WorkerApp(Celery):  # type: ignore[misc]  # celery ships no types
         settings = WorkerSettings.from_environment(os.environ)
         device = machine.prepare(settings)
         connections = Connections.from_environment(os.environ)
-        return Runner(connections, stages.RUN, self.ring, lambda: is_leaving(settings.stop_file), device)
+        return Runner(
+            connections,
+            stages.RUN,
+            self.ring,
+            lambda: is_leaving(settings.stop_file),
+            device,
+            settings.calibration_bytes,
+        )
 
     def ring(self, messages: Sequence[PartMessage]) -> None:
         """Send what comes next; what the broker does not take is left to the sweeper."""
@@ -56,6 +64,11 @@ PARENT = os.getppid()
 def is_leaving(stop_file: str | None) -> bool:
     """Whether this process was asked to stop, or its parent died."""
     return (stop_file is not None and Path(stop_file).exists()) or os.getppid() != PARENT
+
+
+def failed_file(stop_file: Path) -> Path:
+    """Where a child says that it could not start."""
+    return stop_file.with_suffix(".failed")
 
 
 def make_app(connections: Connections, settings: WorkerSettings) -> WorkerApp:
@@ -95,4 +108,12 @@ def _warm_up(**_: Any) -> None:
     # a minute for it to. Nothing hangs on that message here: what was done is in the database.
     billiard.pool.GUARANTEE_MESSAGE_CONSUMPTION_RETRY_LIMIT = 10  # a second
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logger.info("Ready: %s", app.runner)
+    try:
+        logger.info("Ready: %s", app.runner)
+    except Exception:  # celery would go on and drop every message: better no worker than one that can't work
+        logger.exception("This worker can't start")
+        stop_file = os.environ.get("CATMERGE_STOP_FILE")
+        if stop_file:
+            failed_file(Path(stop_file)).touch()
+        os.kill(os.getppid(), signal.SIGTERM)
+        raise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from workers.proxies import proxy_squares, proxy_statistic
 from workers.statistics import Statistic, stack_statistics
 from workers.tensors import DTYPES
 from workers.treatments import Effect, Removed, Trimmed, trim
+
+CHUNK = 1 << 19  # entries that are merged at once: two megabytes of each operand, which stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,8 @@ def merge_tensor(
     Raises:
         BadTensor: a checkpoint holds NaN or infinity here, or the result overflows its type.
     """
+    if _is_entrywise(plan, recipe):
+        return Merged(merge_entrywise(plan, recipe, base, experts, device), [], {})
     compute = torch.promote_types(base.dtype, torch.float32)
     start = base.to(device, compute)
     vectors = [expert.to(device, compute) - start for expert in experts]
@@ -70,14 +75,62 @@ def merge_tensor(
     )
     update = merge(trimmed.task_vectors, [task.weight for task in recipe.tasks], method, context)
     tensor = (start + update).to(DTYPES[plan.dtype])
+    _refuse_overflow(plan, tensor)
+    rows = _rows(plan, recipe, vectors, trimmed, treatment, reason) if recipe.method.trims else []
+    return Merged(tensor.cpu(), rows, _removed(plan, recipe, trimmed.removed))
+
+
+def _is_entrywise(plan: TensorPlan, recipe: Recipe) -> bool:
+    """Whether an entry of the result depends on nothing but the same entry of what is merged."""
+    return (plan.method or recipe.method).entrywise and not recipe.method.trims
+
+
+def merge_entrywise(
+    plan: TensorPlan, recipe: Recipe, base: Tensor, experts: Sequence[Tensor], device: str, chunk: int = CHUNK
+) -> Tensor:
+    """As ``merge_tensor``, ``chunk`` entries at a time: what fits into the cache is read from memory once.
+
+    The same arithmetic in the same order, so the same bytes. Raises BadTensor.
+    """
+    compute = torch.promote_types(base.dtype, torch.float32)
+    method = plan.method or recipe.method
+    weights = [task.weight for task in recipe.tasks]
+    names = [task.name for task in recipe.tasks]
+    flat, others = base.reshape(-1), [expert.reshape(-1) for expert in experts]
+    merged = torch.empty(flat.shape, dtype=DTYPES[plan.dtype])
+    step = chunk if device == "cpu" else max(1, flat.numel())  # a GPU is slowed down by small pieces
+    with _one_thread():
+        for first in range(0, flat.numel(), step):
+            part = slice(first, first + step)
+            start = flat[part].to(device, compute, copy=True)
+            vectors = [other[part].to(device, compute, copy=True).sub_(start) for other in others]
+            context = Context(plan.name, plan.role, plan.transposed, start, names, [None] * len(names), recipe.seed)
+            total = merge(vectors, weights, method, context).add_(start)
+            if not is_finite(total):
+                _refuse_non_finite(plan, recipe, start, vectors)
+            merged[part] = total
+        _refuse_overflow(plan, merged)
+    return merged.view(base.shape)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small operations gain nothing from more threads, and on a busy host wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _refuse_overflow(plan: TensorPlan, tensor: Tensor) -> None:
     if not is_finite(tensor):
         raise BadTensor(
             f"the merged {plan.name!r} does not fit into {plan.dtype}: it overflows. Lower method.scaling, or choose "
             "a wider output.dtype",
             tensor=plan.name,
         )
-    rows = _rows(plan, recipe, vectors, trimmed, treatment, reason) if recipe.method.trims else []
-    return Merged(tensor.cpu(), rows, _removed(plan, recipe, trimmed.removed))
 
 
 def _refuse_non_finite(plan: TensorPlan, recipe: Recipe, start: Tensor, vectors: Sequence[Tensor]) -> None:

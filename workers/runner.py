@@ -34,12 +34,14 @@ class Runner:
         ring: Ring,
         leaving: Callable[[], bool],
         device: str,
+        calibration_bytes: int | None = None,
     ) -> None:
         self._connections = connections
         self._stages = stages
         self._ring = ring
         self._leaving = leaving
         self._device = device
+        self._calibration_bytes = calibration_bytes
         self._objects = open_objects(connections)
         self._parts = PartStore(
             Database(connections.database_url),
@@ -99,6 +101,7 @@ class Runner:
             device=self._device,
             outputs=lambda stage: self._parts.outputs(claim.job_id, stage),
             so_far=lambda: self._parts.so_far(claim.job_id),
+            calibration_bytes=self._calibration_bytes,
         )
 
     def _fail(self, claim: Claim, failure: Failure, watch: Watch) -> None:

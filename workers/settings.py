@@ -12,21 +12,28 @@ from service.contract.settings import SettingsError
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """``threads`` is what each process may use; ``device`` is torch's name, or ``auto``."""
+    """``threads`` is what each process may use; ``device`` is torch's name, or ``auto``.
+
+    ``calibration_bytes`` is what the weights of a model that is being calibrated may take in the device's memory; None
+    is whatever the model needs. A model that needs more is read block by block.
+    """
 
     processes: int
     threads: int
     device: str
     stop_file: str | None
+    calibration_bytes: int | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
-        """Reads CATMERGE_WORKER_PROCESSES, CATMERGE_WORKER_THREADS, CATMERGE_DEVICE. Raises SettingsError."""
+        """Reads CATMERGE_WORKER_PROCESSES, _WORKER_THREADS, _DEVICE, _CALIBRATION_BYTES. Raises SettingsError."""
         processes = _positive(environ, "CATMERGE_WORKER_PROCESSES", 1)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = _positive(environ, "CATMERGE_WORKER_THREADS", max(1, cores // processes))
         device = environ.get("CATMERGE_DEVICE") or "auto"
-        return cls(processes, threads, device, environ.get("CATMERGE_STOP_FILE"))
+        given = environ.get("CATMERGE_CALIBRATION_BYTES")
+        calibration_bytes = _positive(environ, "CATMERGE_CALIBRATION_BYTES", 1) if given else None
+        return cls(processes, threads, device, environ.get("CATMERGE_STOP_FILE"), calibration_bytes)
 
 
 def _positive(environ: Mapping[str, str], name: str, default: int) -> int:

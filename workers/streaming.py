@@ -1,9 +1,9 @@
-"""Runs a model that is larger than the memory it may take: a block's weights are read when it is called, then let go."""
+"""Runs a model that is larger than memory may be: a block's weights are read when it is called, then let go."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -20,7 +20,7 @@ from workers.skeleton import build_empty, building, find_places
 COMPUTE_BYTES = 4  # float32
 
 Shapes = Mapping[str, tuple[int, ...]]
-Read = Callable[[Iterable[str]], Mapping[str, Tensor]]
+Read = Callable[[Collection[str]], Mapping[str, Tensor]]
 
 
 def bytes_in_memory(shapes: Iterable[tuple[int, ...]]) -> int:
@@ -43,11 +43,11 @@ def load_streamed(
         BadInput: a tensor is missing, has no place in the model or the wrong shape, or the limit is too low.
     """
     model: Any = build_empty(config)
-    _fill(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, "meta", finish=True)
+    absent = _prepare(model, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     stream = _Stream(model, read, device, _names_by_block(model, shapes))
     _refuse_limit(shapes, stream.blocks, limit_bytes)
     _fill(model, read([name for name in shapes if name not in stream.streamed]), device)
-    model.tie_weights(missing_keys=set(), recompute_mapping=False)
+    model.tie_weights(missing_keys=absent, recompute_mapping=False)
     for owner in model.modules():
         owner._buffers.update({name: _moved(buffer, device) for name, buffer in owner._buffers.items()})
     stream.attach()
@@ -59,22 +59,35 @@ def _moved(buffer: Tensor | None, device: torch.device | str) -> Tensor | None:
     return buffer if buffer is None or buffer.is_meta else buffer.to(device)
 
 
-def _fill(model: Any, tensors: Mapping[str, Tensor], device: torch.device | str, *, finish: bool = False) -> None:
-    """Give a model these tensors by transformers' own rules; ``finish`` makes what a model computes itself."""
-    mapping = get_model_conversion_mapping(model)
-    place = LoadStateDictConfig(
-        device_map={"": torch.device(device)},
-        dtype=torch.float32,
-        weight_mapping=mapping,
-        ignore_mismatched_sizes=True,
-    )
+def _prepare(model: Any, empty: Mapping[str, Tensor]) -> set[str]:
+    """Make what a model computes itself, and refuse a checkpoint that does not fit it, before any weight is read.
+
+    Returns the names in memory that the checkpoint does not have, which only tied parameters may be.
+    """
+    try:
+        found = _fill(model, empty, "meta")
+        absent = set(found.missing_keys)
+        with building, torch.random.fork_rng(devices=[]), quiet():
+            found = model._finalize_model_loading(model, _plan(model), found)
+    except (RuntimeError, ValueError) as error:
+        raise BadInput(f"the tensors can't be loaded into {type(model).__name__}: {error}") from error
+    loading = {kind: getattr(found, kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    refuse_misloaded(model, empty, loading)
+    return absent
+
+
+def _fill(model: Any, tensors: Mapping[str, Tensor], device: torch.device | str) -> Any:
+    """Give a model these tensors by transformers' own rules; returns what it says was wrong."""
+    place = replace(_plan(model), device_map={"": torch.device(device)})
     with building, torch.random.fork_rng(devices=[]), quiet():
         found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), place)
-        if not finish:
-            return
-        found = model._finalize_model_loading(model, LoadStateDictConfig(dtype=torch.float32), found)
-    loading = {kind: getattr(found, kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    refuse_misloaded(model, tensors, loading)
+    return found
+
+
+def _plan(model: Any) -> LoadStateDictConfig:
+    mapping: Any = get_model_conversion_mapping(model)
+    # Sizes that differ are refused afterwards, by name.
+    return LoadStateDictConfig(dtype=torch.float32, weight_mapping=mapping, ignore_mismatched_sizes=True)
 
 
 def _names_by_block(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:

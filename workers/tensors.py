@@ -6,16 +6,17 @@ import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from service.contract.adapter import on_base
 from service.contract.artifacts import media_type, role
-from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo, write_header
-from service.contract.errors import InputChanged, WorkerError
+from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, LowRank, TensorInfo, write_header
+from service.contract.errors import BadInput, InputChanged, WorkerError
 from service.contract.job import Artifact
 from service.contract.plan import Pinned
 from service.stores.checkpoints import read_checkpoint
@@ -72,14 +73,21 @@ class TensorReader:
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def open(self, address: str, pinned: Sequence[Pinned]) -> Checkpoint:
+    def open(self, address: str, pinned: Sequence[Pinned], base: Checkpoint | None = None) -> Checkpoint:
         """A checkpoint's headers, once it is certain that its files are those that were planned with.
 
+        Adapters are put on ``base``.
+
         Raises:
+            BadInput: it is an adapter, and there is no base for it.
             InputChanged, InputMissing, StorageFailure.
         """
         with failures():
             checkpoint = read_checkpoint(self._objects, address)
+            if base is not None:
+                checkpoint = on_base(base, checkpoint)
+        if checkpoint.adapter is not None and base is None:
+            raise BadInput(f"{address} is an adapter, not a whole model; add it to its base first (merge_and_unload)")
         found = {file.address: file.etag for file in checkpoint.files}
         for pin in pinned:
             if found.get(pin.address) != pin.etag:
@@ -88,9 +96,11 @@ class TensorReader:
 
     def start(self, checkpoint: Checkpoint, names: Iterable[str]) -> Reading:
         """Begin to read tensors; ``Reading.wait`` gives them."""
-        etags = {file.address: file.etag for file in checkpoint.files}
-        spans = plan_spans([checkpoint.tensors[name] for name in names])
-        return Reading([self._read_span(span, etags[span.file]) for span in spans])
+        etags = {file.address: file.etag for file in (*checkpoint.files, *checkpoint.beside)}
+        wanted = list(names)
+        spans = plan_spans([info for name in wanted for info in _parts(checkpoint, name)])
+        additions = {name: change for name in wanted if isinstance(change := checkpoint.changes.get(name), LowRank)}
+        return Reading([self._read_span(span, etags[span.file]) for span in spans], additions)
 
     def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name, in host memory, with the types the file has. Raises InputChanged, StorageFailure."""
@@ -124,6 +134,7 @@ class Reading:
     """Tensors that are being read."""
 
     spans: list[SpanReading]
+    additions: Mapping[str, LowRank] = field(default_factory=dict)
 
     def wait(self) -> dict[str, Tensor]:
         """The tensors, once all of them are there. Raises what the reading raised."""
@@ -133,7 +144,25 @@ class Reading:
                 piece.result()
             for info in reading.span.tensors:
                 tensors[info.name] = _carve(reading.buffer, info, reading.span.start)
+        for name, change in self.additions.items():
+            down, up = tensors.pop(change.down.name), tensors.pop(change.up.name)
+            tensors[name] = add_low_rank(tensors[name], down, up, change)
         return tensors
+
+
+def _parts(checkpoint: Checkpoint, name: str) -> list[TensorInfo]:
+    """What must be read for a tensor: itself, what stands in for it, or itself and what is added to it."""
+    change = checkpoint.changes.get(name)
+    if isinstance(change, LowRank):
+        return [checkpoint.tensors[name], change.down, change.up]
+    return [checkpoint.tensors[name] if change is None else change]
+
+
+def add_low_rank(tensor: Tensor, down: Tensor, up: Tensor, change: LowRank) -> Tensor:
+    """W + scale * B A, in float32 (float64 where W is): rounded to W's own type, small additions would be lost."""
+    compute = torch.promote_types(tensor.dtype, torch.float32)
+    added = change.scale * (up.to(compute).flatten(1) @ down.to(compute).flatten(1))
+    return tensor.to(compute) + (added.T if change.transposed else added).reshape(tensor.shape)
 
 
 def plan_spans(tensors: Sequence[TensorInfo]) -> list[Span]:

@@ -22,7 +22,8 @@ class Work:
     """One part of one job, with everything it may touch.
 
     ``outputs`` gives what the parts of an earlier stage left, in their order; ``so_far`` what the job has cost until
-    now; ``device`` is torch's name of the device to compute on.
+    now; ``device`` is torch's name of the device to compute on, ``calibration_bytes`` what a model's weights may take
+    there while it is calibrated, if there is a limit.
     """
 
     claim: Claim
@@ -32,6 +33,7 @@ class Work:
     device: str
     outputs: Callable[[Stage], list[dict[str, Any]]]
     so_far: Callable[[], SoFar]
+    calibration_bytes: int | None = None
 
     @property
     def recipe(self) -> Recipe:

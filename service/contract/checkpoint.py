@@ -98,6 +98,19 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to a tensor: scale * B A, with A ``[r, in]`` (``down``) and B ``[out, r]`` (``up``).
+
+    ``transposed`` says that the tensor it is added to is ``[in, out]``.
+    """
+
+    down: TensorInfo
+    up: TensorInfo
+    scale: float
+    transposed: bool
+
+
+@dataclass(frozen=True)
 class Header:
     """What one file holds; tensors in the order in which they lie in it."""
 
@@ -126,6 +139,10 @@ class Checkpoint:
 
     ``files`` hold weights, in the order of their names; ``tensors`` come file by file. ``config`` is ``config.json``,
     None for a lone file. ``side_files`` are what a copy needs beside the weights: config, tokenizer, processor.
+
+    ``adapter`` is an adapter's own config, None for whole checkpoints. Put on its base (``contract.adapter``), it has
+    the base's tensors, ``changes`` to some of them (a low-rank addition, or another tensor instead), and ``beside`` its
+    own files those of the base.
     """
 
     address: str
@@ -134,6 +151,9 @@ class Checkpoint:
     config: dict[str, Any] | None = None
     side_files: tuple[CheckpointFile, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    adapter: dict[str, Any] | None = None
+    changes: dict[str, LowRank | TensorInfo] = field(default_factory=dict)
+    beside: tuple[CheckpointFile, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -23,7 +23,8 @@ class Method(Frozen):
 
     ``trims`` says whether task vectors are treated before they are combined, ``combines`` which function of
     ``workers.methods`` combines them, ``any_order`` that the order of tasks does not matter beyond rounding,
-    ``draws`` that random numbers are drawn (from the recipe's seed), ``task_limit`` how many tasks it takes at most,
+    ``draws`` that random numbers are drawn (from the recipe's seed), ``entrywise`` that an entry of the result depends
+    on nothing but the same entry of the task vectors, ``task_limit`` how many tasks it takes at most,
     ``observes`` the roles whose inputs it must have statistics of in order to combine them, ``by_matrix`` that it
     looks at whole matrices, so that stacked ones are merged one by one.
     """
@@ -33,6 +34,7 @@ class Method(Frozen):
     combines: ClassVar[str] = ""
     any_order: ClassVar[bool] = True
     draws: ClassVar[bool] = False
+    entrywise: ClassVar[bool] = False
     task_limit: ClassVar[int | None] = None
     observes: ClassVar[tuple[Role, ...]] = ()
     by_matrix: ClassVar[bool] = False
@@ -74,6 +76,7 @@ class TaskArithmetic(Method):
 
     paper: ClassVar[str] = "Editing Models with Task Arithmetic, Ilharco et al., ICLR 2023, arXiv:2212.04089"
     combines: ClassVar[str] = "task_arithmetic"
+    entrywise: ClassVar[bool] = True
 
     name: Literal["task_arithmetic"] = "task_arithmetic"
     scaling: float = Field(0.4, ge=0, le=100, description="Factor on the sum of task vectors")
@@ -84,6 +87,7 @@ class Average(Method):
 
     paper: ClassVar[str] = "Model soups, Wortsman et al., ICML 2022, arXiv:2203.05482"
     combines: ClassVar[str] = "average"
+    entrywise: ClassVar[bool] = True
 
     name: Literal["average"] = "average"
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
+from service.contract.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from service.contract.artifacts import CONFIG, INDEX
 from service.contract.checkpoint import (
     Checkpoint,
@@ -72,6 +74,8 @@ def read_checkpoint(objects: Objects, address: str) -> Checkpoint:
 
 def _read_folder(objects: Objects, folder: str) -> Checkpoint:
     present = _list_folder(objects, folder)
+    if {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= present and not {SINGLE, INDEX} & present:
+        return _read_adapter(objects, folder)
     if CONFIG not in present and (SINGLE in present or INDEX in present):
         raise MalformedHeader(f"{folder}{CONFIG}", "a checkpoint folder needs this file beside its weights")
     if SINGLE in present:
@@ -96,6 +100,14 @@ def _read_folder(objects: Objects, folder: str) -> Checkpoint:
         side_files=tuple(map(_as_file, pinned[len(weights) :])),
         metadata=checkpoint.metadata,
     )
+
+
+def _read_adapter(objects: Objects, folder: str) -> Checkpoint:
+    """An adapter by itself: its tensors have names of their own until it is put on its base."""
+    weights, settings = objects.head(folder + ADAPTER_WEIGHTS), objects.head(folder + ADAPTER_CONFIG)
+    found = _read_files(objects, folder, [weights])
+    config = _read_json(objects, folder + ADAPTER_CONFIG, MAX_CONFIG_BYTES)
+    return replace(found, files=(*found.files, _as_file(settings)), adapter=config)
 
 
 def _read_files(objects: Objects, address: str, infos: list[ObjectInfo]) -> Checkpoint:

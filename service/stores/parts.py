@@ -14,13 +14,14 @@ from service.contract.errors import DeadlineExceeded, Failure, WorkerLost
 from service.contract.job import FailureRecord, Status
 from service.contract.parts import Claim, Counters, Done, SoFar
 from service.contract.recipe import Recipe
-from service.contract.stages import ORDER, NewPart, PartMessage, Stage
+from service.contract.stages import ORDER, STAGES, NewPart, PartMessage, Queue, Stage
 from service.stores.database import Database, now
 from service.stores.records import ACTIVE, lock_job, record, touch
 from service.stores.schema import idempotency_keys, jobs, leaders, parts
 
 BACKOFF_SECONDS = 2.0
 BACKOFF_LIMIT_SECONDS = 60.0
+RESEND_WINDOW = 64  # parts of each queue that are sent again where their messages may be lost
 
 
 class PartStore:
@@ -163,16 +164,18 @@ class PartStore:
             connection.execute(delete(leaders).where(leaders.c.duty == duty, leaders.c.owner == owner))
 
     def due(self, resend_after_seconds: float, limit: int) -> list[PartMessage]:
-        """Parts that are ready and were never sent, or so long ago that their message may be lost. Marks them sent."""
+        """Parts that are ready and were never sent, or so long ago that their message may be lost. Marks them sent.
+
+        Of those that wait in a long queue only the first few of each queue are sent again: their turn comes next, and
+        ringing for all of them over and over would fill the broker.
+        """
         with self._database.write() as connection:
-            unsent = or_(parts.c.sent_at.is_(None), parts.c.sent_at < now() - resend_after_seconds)
-            rows = connection.execute(
-                select(parts.c.stage, parts.c.job_id, parts.c.part)
-                .where(parts.c.state == "ready", parts.c.not_before <= now(), unsent)
-                .order_by(parts.c.not_before, parts.c.job_id, parts.c.part)
-                .limit(limit)
-            ).all()
-            messages = [PartMessage(Stage(row.stage), row.job_id, row.part) for row in rows]
+            messages = _ready(connection, parts.c.sent_at.is_(None), limit=limit)
+            late = now() - resend_after_seconds
+            for queue in Queue:
+                stages = [stage.value for stage, row in STAGES.items() if row.queue is queue]
+                first = _ready(connection, parts.c.stage.in_(stages), limit=RESEND_WINDOW)
+                messages += [message for message in first if _is_late(connection, message, late)]
             _mark_sent(connection, messages)
             return messages
 
@@ -354,6 +357,21 @@ def _end(connection: Connection, job_id: str, done: Done) -> None:
         finished_at=now(),
         result=dict(done.result or {}),
     )
+
+
+def _ready(connection: Connection, condition: Any, *, limit: int) -> list[PartMessage]:
+    """Parts that may be claimed now and meet a condition, longest waiting first."""
+    rows = connection.execute(
+        select(parts.c.stage, parts.c.job_id, parts.c.part)
+        .where(parts.c.state == "ready", parts.c.not_before <= now(), condition)
+        .order_by(parts.c.not_before, parts.c.job_id, parts.c.part)
+        .limit(limit)
+    )
+    return [PartMessage(Stage(row.stage), row.job_id, row.part) for row in rows]
+
+
+def _is_late(connection: Connection, message: PartMessage, late: Any) -> bool:
+    return connection.execute(select(parts.c.part).where(*_is(message), parts.c.sent_at < late)).first() is not None
 
 
 def _mark_sent(connection: Connection, messages: Sequence[PartMessage]) -> None:

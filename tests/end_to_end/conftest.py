@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+import torch
 
 from service.contract.settings import Connections
 from tests.checkpoints import Family, write_family
@@ -89,6 +90,4 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    import torch
-
     return write_family(tmp_path_factory.mktemp("bert"), "bert", {"news": 4, "mood": 3}, dtype=torch.bfloat16)

@@ -27,6 +27,7 @@ class Run:
 
     folder: Path
     recipe: Recipe
+    calibration_bytes: int | None = None
     done: dict[Stage, list[Done]] = field(default_factory=dict)
 
     def go(self) -> None:
@@ -51,6 +52,11 @@ class Run:
     def statistics(self) -> list[dict[str, Tensor]]:
         return [load_file(file) for file in sorted((self.folder / "workspace").rglob("cache/statistics/*.safetensors"))]
 
+    def forget(self) -> None:
+        """Take away the statistics that a later run would find in the cache."""
+        for file in (self.folder / "workspace").rglob("cache/statistics/*.safetensors"):
+            file.unlink()
+
     def _do(self, stage: Stage, part: int) -> Done:
         place = f"file://{self.folder}/"
         claim = Claim("job", stage, part, stage.value, "token", 1, self.recipe, f"{place}result/")
@@ -62,6 +68,7 @@ class Run:
             device="cpu",
             outputs=lambda wanted: [dict(done.output) for done in self.done.get(wanted, [])],
             so_far=lambda: SoFar(0, 0, 0, 0, 0),
+            calibration_bytes=self.calibration_bytes,
         )
         self.done.setdefault(stage, []).append(RUN[stage](work))
         return self.done[stage][-1]

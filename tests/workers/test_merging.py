@@ -12,7 +12,7 @@ from service.contract.errors import BadInput, BadTensor
 from service.contract.plan import TensorPlan
 from service.contract.recipe import Recipe
 from service.contract.treatments import Role
-from workers.merging import Merged, merge_tensor
+from workers.merging import Merged, merge_entrywise, merge_tensor
 from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares
 from workers.tensors import DTYPES, NAMES
 
@@ -73,6 +73,24 @@ def test_task_arithmetic_by_hand() -> None:
     merged = merge(ARITHMETIC, base, experts, weights=(1.0, 0.5, 2.0), features=False)
     assert merged.tensor.tolist() == [1 + 0.5 * (1 + 2 * 2), 2 + 0.5 * 0.5 * 4]
     assert (merged.rows, merged.removed) == ([], {})
+
+
+@pytest.mark.parametrize("method", [ARITHMETIC, {"name": "average"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_the_pieces_changes_no_byte(method: dict[str, Any], dtype: torch.dtype) -> None:
+    base, experts = randn(13, 11, dtype=dtype), [randn(13, 11, dtype=dtype) for _ in TASKS]
+    recipe = recipe_of(method)
+    plan = plan_of(recipe, base)
+    whole = merge_entrywise(plan, recipe, base, experts, "cpu", chunk=1 << 20)
+    for chunk in (1, 7, 64):
+        assert merge_entrywise(plan, recipe, base, experts, "cpu", chunk=chunk).equal(whole)
+    weights = [1.0] * 3 if method is ARITHMETIC else [1 / 3] * 3
+    scaling = 0.5 if method is ARITHMETIC else 1.0
+    start = base.double()
+    expected = start + scaling * sum(
+        (w * (e.double() - start) for w, e in zip(weights, experts, strict=True)), start * 0
+    )
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2)
 
 
 def test_float64_is_merged_in_float64() -> None:

@@ -1,16 +1,19 @@
 """From checkpoints to merged weights: parameters of every kind are trimmed by what their exemplars showed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from service.contract.errors import BadInput
 from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from tests.workers.architectures import CASES
 from tests.workers.stage_runs import Run, family
 from tests.workers.tiny_models import shapes
+from workers.streaming import bytes_in_memory
 
 KINDS = {
     "ConvNextForImageClassification": ("dwconv.weight", "layer_scale_parameter", "pwconv1.weight"),
@@ -63,3 +66,26 @@ def test_methods_that_know_matrices_take_stacks_as_they_are(method: str, tmp_pat
         run = Run(folder, Recipe.model_validate(asked))
         run.go()
         assert run.merged()
+
+
+@pytest.mark.parametrize("features_at", ["task", "scaled"])
+def test_a_calibration_that_streams_gives_the_same_statistics(features_at: str, tmp_path: Path) -> None:
+    case = CASES["MixtralForCausalLM"]
+    case = replace(case, values={**case.values, "num_hidden_layers": 4})
+    asked = family(tmp_path, "MixtralForCausalLM", case)
+    asked["method"]["features_at"] = features_at
+    recipe = Recipe.model_validate({**asked, "output": {"overwrite": True}})
+    whole = Run(tmp_path, recipe)
+    whole.go()
+    total = bytes_in_memory(shapes(whole.merged()).values())
+    expected = whole.statistics()
+    whole.forget()
+    streamed = Run(tmp_path, recipe, total - 1)
+    streamed.go()
+    for one, other in zip(streamed.statistics(), expected, strict=True):
+        assert set(one) == set(other)
+        for name in one:
+            torch.testing.assert_close(one[name], other[name])
+    streamed.forget()
+    with pytest.raises(BadInput, match="CATMERGE_CALIBRATION_BYTES"):
+        Run(tmp_path, recipe, total // 4).go()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from service.contract import artifacts
+from service.contract.adapter import ADAPTER_CONFIG
+from service.contract.checkpoint import Checkpoint
 from service.contract.errors import BadTensor
 from service.contract.methods import Cat
 from service.contract.parts import Done
@@ -16,10 +19,12 @@ from service.contract.plan import Plan
 from service.contract.recipe import Task, canonical_sha256
 from service.stores.objects import failures
 from workers.exemplars import naming
-from workers.forward import check_inputs, load_model, watch_inputs
+from workers.forward import check_inputs, watch_inputs
+from workers.loading import load_model
 from workers.skeleton import read_skeleton
 from workers.statistics import Statistic
 from workers.statistics_file import StatisticsFile, write_statistics
+from workers.streaming import bytes_in_memory, load_streamed
 from workers.survey import as_json, survey
 from workers.tensors import TensorReader, batches, write_artifact
 from workers.version import ENGINE
@@ -84,7 +89,7 @@ def _survey(work: Work, plan: Plan, task: Task, reader: TensorReader) -> str:
 def _task_vector(work: Work, plan: Plan, task: Task, reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
     """The task vector's tensors by name, in the order of the plan, a batch of them in memory."""
     base = reader.open(work.recipe.base, plan.inputs["base"])
-    checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"])
+    checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"], base)
     merged = [tensor for shard in plan.shards for tensor in shard.tensors if tensor.source == "merged"]
     for names in batches([(tensor.name, 2 * tensor.nbytes_in) for tensor in merged], BATCH_BYTES):
         before, after = reader.start(base, names), reader.start(checkpoint, names)
@@ -99,7 +104,8 @@ def _digest(work: Work, plan: Plan, task: Task) -> str:
     """Of everything that the statistics depend on: two jobs with the same need them only once."""
     pinned = [*plan.inputs[f"task:{task.name}"], *plan.inputs[f"exemplars:{task.name}"]]
     scaling = _scaling(work)
-    if scaling is not None:
+    is_adapter = any(file.address.endswith(ADAPTER_CONFIG) for file in pinned)
+    if scaling is not None or is_adapter:
         pinned += plan.inputs["base"]
     return canonical_sha256(
         {
@@ -118,17 +124,16 @@ def _scaling(work: Work) -> float | None:
 
 
 def _make(work: Work, plan: Plan, task: Task, reader: TensorReader, address: str) -> None:
-    checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"])
+    base = reader.open(work.recipe.base, plan.inputs["base"])
+    checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"], base)
     exemplars = reader.open(task.exemplars or "", plan.inputs[f"exemplars:{task.name}"])
     inputs = reader.read(exemplars, exemplars.tensors)
-    weights = _weights(work, plan, task, reader)
-    work.watch.step(bytes_read=checkpoint.nbytes + exemplars.nbytes)
-    _refuse_non_finite(plan, task, weights)
-    config = checkpoint.config or {}
-    model = load_model(config, weights, work.device)
+    work.watch.step(bytes_read=exemplars.nbytes)
+    weights = _Weights.of(work, plan, task, reader, checkpoint, base)
+    model = _model(weights)
     with naming(task.exemplars or ""):
         check_inputs(model, inputs)
-    skeleton = read_skeleton(config, {name: info.shape for name, info in checkpoint.tensors.items()})
+    skeleton = read_skeleton(checkpoint.config or {}, weights.shapes)
     statistics = watch_inputs(model, skeleton, inputs, BATCH_SIZE, plan.wanted(), lambda _done, _of: work.watch.step())
     _refuse_overflow(task, statistics)
     folder, _, name = address.rpartition("/")
@@ -136,16 +141,64 @@ def _make(work: Work, plan: Plan, task: Task, reader: TensorReader, address: str
     work.watch.step(bytes_written=written.size)
 
 
-def _refuse_non_finite(plan: Plan, task: Task, weights: Mapping[str, Tensor]) -> None:
+def _model(weights: _Weights) -> nn.Module:
+    """The task's model, whole; or block by block, where the whole of it takes more memory than it may."""
+    config, work = weights.checkpoint.config or {}, weights.work
+    limit = work.calibration_bytes
+    if limit is None or bytes_in_memory(weights.shapes.values()) <= limit:
+        return load_model(config, weights.read(weights.shapes), work.device)
+    return load_streamed(config, weights.shapes, weights.read, work.device, limit)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Where a task's weights come from: its own, W0 + T_k, or W0 + scaling * T_k if the method takes features there."""
+
+    work: Work
+    task: Task
+    reader: TensorReader
+    checkpoint: Checkpoint
+    base: Checkpoint
+    merged: frozenset[str]
+
+    @classmethod
+    def of(
+        cls, work: Work, plan: Plan, task: Task, reader: TensorReader, checkpoint: Checkpoint, base: Checkpoint
+    ) -> _Weights:
+        merged = (tensor.name for shard in plan.shards for tensor in shard.tensors if tensor.source == "merged")
+        return cls(work, task, reader, checkpoint, base, frozenset(merged))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the model. An adapter's is its base's model: a head that only the adapter has stays out."""
+        known = self.checkpoint if self.checkpoint.adapter is None else self.base
+        return {name: info.shape for name, info in known.tensors.items()}
+
+    def read(self, names: Collection[str]) -> Mapping[str, Tensor]:
+        """These weights. Raises BadTensor where one holds NaN or infinity."""
+        shapes = self.shapes
+        own = [name for name in names if self.checkpoint.tensors[name].shape == shapes[name]]
+        weights = self.reader.read(self.checkpoint, own)
+        weights |= self.reader.read(self.base, set(names).difference(own))
+        self.work.watch.step(bytes_read=sum(tensor.nbytes for tensor in weights.values()))
+        shared = [name for name in weights if name in self.merged]
+        _refuse_non_finite(self.task, weights, shared)
+        scaling = _scaling(self.work)
+        if scaling is None:
+            return weights
+        for name, before in self.reader.read(self.base, shared).items():
+            weights[name] = before.float().lerp(weights[name].float(), scaling)
+        return weights
+
+
+def _refuse_non_finite(task: Task, weights: Mapping[str, Tensor], merged: Iterable[str]) -> None:
     """NaN spreads through a forward pass: it is named where it is, and not where it shows."""
-    for shard in plan.shards:
-        for tensor in shard.tensors:
-            if tensor.source == "merged" and not torch.isfinite(weights[tensor.name]).all():
-                raise BadTensor(
-                    f"task {task.name!r} holds NaN or infinity in {tensor.name!r} ({task.checkpoint}); merge finite "
-                    "checkpoints",
-                    tensor=tensor.name,
-                )
+    for name in merged:
+        if not torch.isfinite(weights[name]).all():
+            raise BadTensor(
+                f"task {task.name!r} holds NaN or infinity in {name!r} ({task.checkpoint}); merge finite checkpoints",
+                tensor=name,
+            )
 
 
 def _refuse_overflow(task: Task, statistics: Mapping[str, Statistic]) -> None:
@@ -155,17 +208,3 @@ def _refuse_overflow(task: Task, statistics: Mapping[str, Statistic]) -> None:
                 f"{task.exemplars}: sent through task {task.name!r}, these samples give NaN or infinity at {name!r}",
                 tensor=name,
             )
-
-
-def _weights(work: Work, plan: Plan, task: Task, reader: TensorReader) -> Mapping[str, Tensor]:
-    """The task's own weights, W0 + T_k; or W0 + scaling * T_k where the method takes features there."""
-    checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"])
-    weights = reader.read(checkpoint, checkpoint.tensors)
-    scaling = _scaling(work)
-    if scaling is None:
-        return weights
-    base = reader.open(work.recipe.base, plan.inputs["base"])
-    shared = [tensor.name for shard in plan.shards for tensor in shard.tensors if tensor.source == "merged"]
-    for name, before in reader.read(base, shared).items():
-        weights[name] = before.float().lerp(weights[name].float(), scaling)
-    return weights

@@ -69,7 +69,8 @@ class _Trial:
         plan = work.plan()
         row = _rows(work)[work.part]
         task = next(task for task in work.recipe.tasks if task.name == row.task)
-        checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"])
+        base = reader.open(work.recipe.base, plan.inputs["base"])
+        checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"], base)
         labeled = reader.open(row.labeled, plan.inputs[f"labeled:{task.name}"])
         samples = reader.read(labeled, labeled.tensors)
         head: Mapping[str, Tensor] = {}
@@ -86,7 +87,7 @@ class _Trial:
     def digest(self, model: str) -> str:
         """Of everything that the accuracy of the base or the expert depends on."""
         names = [f"task:{self.task.name}", f"labeled:{self.task.name}", f"head:{self.task.name}"]
-        names += ["base"] if model == "base" else []
+        names += ["base"] if model == "base" or self.checkpoint.adapter is not None else []
         files = [file for name in names for file in self.plan.inputs.get(name, ())]
         return canonical_sha256(
             {

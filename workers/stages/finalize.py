@@ -101,7 +101,8 @@ def _head(work: Work, plan: Plan, head: HeadPlan) -> Artifact:
     """A task's own tensors, as its checkpoint has them."""
     task = next(task for task in work.recipe.tasks if task.name == head.task)
     with TensorReader(work.objects) as reader:
-        checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"])
+        base = reader.open(work.recipe.base, plan.inputs["base"])
+        checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"], base)
         tensors = reader.read(checkpoint, head.tensors)
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     header = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered}

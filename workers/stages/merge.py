@@ -76,7 +76,7 @@ class _Sources:
     def open(cls, work: Work, plan: Plan, reader: TensorReader) -> _Sources:
         recipe = work.recipe
         base = reader.open(recipe.base, plan.inputs["base"])
-        tasks = tuple(reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"]) for task in recipe.tasks)
+        tasks = tuple(reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"], base) for task in recipe.tasks)
         calibrated = work.outputs(Stage.CALIBRATE)
         statistics = tuple(
             StatisticsFile(reader, output["statistics"], plan.inputs.get(f"statistics:{task.name}", ()))

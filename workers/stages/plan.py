@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from service.contract import artifacts
+from service.contract.adapter import on_base
 from service.contract.checkpoint import Checkpoint, CheckpointFile
 from service.contract.errors import BadInput, OutputTaken
 from service.contract.fit import Fit, fit
@@ -34,7 +35,7 @@ def run(work: Work) -> Done:
     recipe, objects = work.recipe, work.objects
     with failures():
         base = read_checkpoint(objects, recipe.base)
-        tasks = [read_checkpoint(objects, task.checkpoint) for task in recipe.tasks]
+        tasks = [on_base(base, read_checkpoint(objects, task.checkpoint)) for task in recipe.tasks]
         samples = _read_samples(objects, recipe)
     found = fit(recipe, base, tasks)
     if found.faults:

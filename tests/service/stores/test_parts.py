@@ -9,7 +9,7 @@ from service.contract.parts import Counters, Done
 from service.contract.stages import NewPart, PartMessage, Stage
 from service.stores.database import Database
 from service.stores.jobs import JobStore
-from service.stores.parts import PartStore
+from service.stores.parts import RESEND_WINDOW, PartStore
 from service.stores.schema import jobs as job_table
 from service.stores.schema import parts as table
 from tests.service.jobs_by_hand import at_once, claim, merges, plan, submit
@@ -231,6 +231,19 @@ def test_a_limit_bounds_what_is_due(jobs: JobStore, parts: PartStore) -> None:
     messages = [PartMessage(Stage.PLAN, submit(jobs).id, 0) for _ in range(3)]
     assert parts.due(30, 2) == messages[:2]
     assert parts.due(30, 2) == messages[2:]
+
+
+def test_of_a_long_queue_only_the_next_are_sent_again(jobs: JobStore, parts: PartStore, database: Database) -> None:
+    job = submit(jobs)
+    shards = [NewPart(Stage.MERGE, index, f"shard {index}", 1.0) for index in range(RESEND_WINDOW + 10)]
+    first = claim(parts, job.id)
+    parts.complete(first, Done(parts=(*shards, NewPart(Stage.FINALIZE, 0, "finalize", 1.0))), Counters())
+    assert parts.due(30, 1000) == []
+    later(database, 31)
+    again = parts.due(30, 1000)
+    assert [message.part for message in again] == list(range(RESEND_WINDOW))
+    claim(parts, job.id, Stage.MERGE, 0)
+    assert [message.part for message in parts.due(30, 1000)] == [RESEND_WINDOW], "the next moves up"
 
 
 def test_one_owner_at_a_time_has_a_duty(parts: PartStore) -> None:
