@@ -147,3 +147,11 @@ def test_the_readme_lists_every_setting() -> None:
     section = (ROOT / "README.md").read_text().partition("\n## Configuration\n")[2].partition("\n## ")[0]
     listed = re.findall(r"^\| *`(CATMERGE_\w+)`", section, re.MULTILINE)
     assert sorted(listed) == sorted(named_settings.of_processes() | named_settings.of_callers())
+
+
+def test_the_readme_lists_every_method_with_its_paper() -> None:
+    section = (ROOT / "README.md").read_text().partition("\n## Methods\n")[2].partition("\n## ")[0]
+    listed = {
+        line.split("`")[1]: line.rstrip(" |").rpartition(" | ")[2] for line in section.splitlines() if "| `" in line
+    }
+    assert listed == {name: method.paper for name, method in METHODS.items()}

@@ -1,0 +1,105 @@
+"""Measures how time grows with the number of tensors and of parameters, and how memory does not.
+
+    python -m tests.benchmarks.scaling --tensors 5000 20000 50000 --parameters 50 200 800
+
+Checkpoints are sparse files of zeros without a config, with the names of an expert model: reading them costs what
+reading costs from the page cache, and they take no disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from service.contract.checkpoint import tensor_bytes, write_header
+from tests.benchmarks.processes import Measured, merge_folders
+
+EXPERTS = 64
+TINY = (8, 8)
+WIDE = (2048, 2048)
+MB = 1 << 20
+
+Line = tuple[Measured, dict[str, float]]
+
+
+def names(count: int) -> Iterator[str]:
+    """Names as an expert model has them: three matrices for each of 64 experts of a layer."""
+    for index in range(count):
+        expert, part = divmod(index, 3)
+        layer, number = divmod(expert, EXPERTS)
+        yield f"model.layers.{layer}.mlp.experts.{number}.{('gate', 'up', 'down')[part]}_proj.weight"
+
+
+def make_sparse(path: Path, count: int, shape: tuple[int, ...], dtype: str = "BF16") -> None:
+    header = write_header([(name, dtype, shape) for name in names(count)])
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + count * tensor_bytes(dtype, shape))
+
+
+def measured(folder: Path, count: int, shape: tuple[int, ...], tasks: int, method: dict[str, object]) -> Line:
+    """One merge of so many tensors of one shape."""
+    files = [folder / f"{name}.safetensors" for name in ("base", *(f"t{index}" for index in range(tasks)))]
+    for file in files:
+        make_sparse(file, count, shape)
+    try:
+        return merge_folders(files[0], files[1:], method, folder / "out")
+    finally:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        for file in files:
+            file.unlink()
+
+
+def by_tensors(folder: Path, counts: list[int], tasks: int, method: dict[str, object]) -> None:
+    print("| tensors | plan, s | calibrate, s | merge, s | per tensor, ms | peak memory, MB |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    for count in counts:
+        run, stages = measured(folder, count, TINY, tasks, method)
+        each = 1000 * sum(stages.values()) / count
+        figures = f"{stages['plan']:.2f} | {stages['calibrate']:.2f} | {stages['merge']:.2f} | {each:.3f}"
+        print(f"| {count:,} | {figures} | {run.peak_bytes / MB:.0f} |", flush=True)
+
+
+def by_parameters(folder: Path, millions: list[int], tasks: int, method: dict[str, object]) -> None:
+    print("| parameters | plan + calibrate + merge, s | s per 10^9 parameters read | peak memory, MB |")
+    print("|---:|---:|---:|---:|")
+    each = WIDE[0] * WIDE[1]
+    for million in millions:
+        count = max(1, million * 10**6 // each)
+        run, stages = measured(folder, count, WIDE, tasks, method)
+        total = sum(stages.values())
+        rate = total / (count * each * (tasks + 1) / 1e9)
+        print(f"| {count * each / 1e6:,.0f} M | {total:.2f} | {rate:.2f} | {run.peak_bytes / MB:.0f} |", flush=True)
+
+
+def by_tasks(folder: Path, tasks: list[int], million: int, method: dict[str, object]) -> None:
+    print("| tasks | plan + calibrate + merge, s | s per task and base | peak memory, MB |")
+    print("|---:|---:|---:|---:|")
+    for count in tasks:
+        run, stages = measured(folder, max(1, million * 10**6 // (WIDE[0] * WIDE[1])), WIDE, count, method)
+        total = sum(stages.values())
+        print(f"| {count} | {total:.2f} | {total / (count + 1):.2f} | {run.peak_bytes / MB:.0f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tensors", type=int, nargs="*", default=[5000, 20000, 50000])
+    parser.add_argument("--parameters", type=int, nargs="*", default=[50, 200, 800], help="in millions")
+    parser.add_argument("--tasks", type=int, nargs="*", default=[2, 8, 32], help="numbers of tasks to compare")
+    parser.add_argument("--method", type=json.loads, default={"name": "task_arithmetic"})
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch).resolve()
+        by_tensors(folder, options.tensors, 2, options.method)
+        print()
+        by_parameters(folder, options.parameters, 2, options.method)
+        print()
+        by_tasks(folder, options.tasks, min(options.parameters, default=50), options.method)
+
+
+if __name__ == "__main__":
+    main()
