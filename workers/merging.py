@@ -25,7 +25,7 @@ from workers.statistics import Statistic, stack_statistics
 from workers.tensors import DTYPES
 from workers.treatments import Effect, Removed, Trimmed, trim
 
-CHUNK = 1 << 19  # entries that are merged at once: two megabytes of each operand, which stay in the cache
+CHUNK = 1 << 16  # entries that are merged at once: 256 KiB of each operand, so that all of them stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,18 +99,24 @@ def merge_entrywise(
     flat, others = base.reshape(-1), [expert.reshape(-1) for expert in experts]
     merged = torch.empty(flat.shape, dtype=DTYPES[plan.dtype])
     step = chunk if device == "cpu" else max(1, flat.numel())  # a GPU is slowed down by small pieces
+    room = torch.empty(len(others) + 1, min(step, flat.numel()), dtype=compute, device=device)
     with _one_thread():
         for first in range(0, flat.numel(), step):
             part = slice(first, first + step)
-            start = flat[part].to(device, compute, copy=True)
-            vectors = [other[part].to(device, compute, copy=True).sub_(start) for other in others]
+            start, *vectors = _task_vectors(room, flat[part], [other[part] for other in others])
             context = Context(plan.name, plan.role, plan.transposed, start, names, [None] * len(names), recipe.seed)
             total = merge(vectors, weights, method, context).add_(start)
-            if not is_finite(total):
-                _refuse_non_finite(plan, recipe, start, vectors)
             merged[part] = total
-        _refuse_overflow(plan, merged)
+            if not is_within(total, merged.dtype):
+                _refuse_non_finite(plan, recipe, start, vectors)
+                _refuse_overflow(plan, merged[part])
     return merged.view(base.shape)
+
+
+def _task_vectors(room: Tensor, base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
+    """The base and its differences to the experts ``[n]``, in ``room [1 + experts, at least n]``."""
+    start, *vectors = [row[: base.numel()].copy_(source) for row, source in zip(room, (base, *experts), strict=True)]
+    return [start, *(vector.sub_(start) for vector in vectors)]
 
 
 @contextmanager
@@ -152,6 +158,12 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether there is neither NaN nor infinity. Either would reach the sum, which takes one pass and no memory."""
     total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
     return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
+def is_within(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all of a tensor, not empty, is surely finite in another type; False asks for a closer look."""
+    least, most = tensor.aminmax()
+    return bool(torch.maximum(-least, most) < torch.finfo(dtype).max)
 
 
 def _trim(

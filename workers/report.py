@@ -12,6 +12,7 @@ from service.contract.job import Artifact
 from service.contract.parts import SoFar
 from service.contract.plan import Plan
 from service.contract.recipe import Recipe
+from workers.licenses import conjunction
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Facts:
     trimmed: dict[str, dict[str, float | None]]
     so_far: SoFar
     files: tuple[Artifact, ...]
+    licenses: dict[str, str | None]
 
 
 def build_report(facts: Facts) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "cost": _cost(facts.so_far),
         "savings": _savings(facts),
         "plan": facts.plan.summary(),
+        "licenses": {"inputs": facts.licenses, "result": conjunction(facts.licenses)},
         "warnings": list(facts.plan.warnings),
     }
 

@@ -1,6 +1,6 @@
 """Makes checkpoints to measure with: a Llama-type base in bf16 with random weights, and experts a little away from it.
 
-    python tests/benchmarks/checkpoints.py /tmp/llama --layers 24 --width 1024
+python tests/benchmarks/checkpoints.py /tmp/llama --layers 24 --width 1024
 """
 
 from __future__ import annotations

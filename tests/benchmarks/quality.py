@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "TSV-M": {"name": "tsv_m"},
     "Iso-C": {"name": "iso_c"},
     "Iso-CTS": {"name": "iso_cts"},
-    "WUDI": {"name": "wudi"},
+    "WUDI (closed form)": {"name": "wudi", "solver": "closed"},
     "PCB": {"name": "pcb"},
     "Consensus": {"name": "consensus"},
     "CAT, then TIES": {"name": "cat", "then": {"name": "ties"}},
@@ -61,17 +61,19 @@ class Task:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     head: dict[str, Tensor] | None
+    samples: int
 
     @classmethod
-    def read(cls, folder: Path) -> Task:
+    def read(cls, folder: Path, samples: int) -> Task:
         head = folder / "head.safetensors"
         config = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "model.safetensors")
-        return cls(folder.name, folder, config, tensors, load_file(head) if head.exists() else None)
+        return cls(folder.name, folder, config, tensors, load_file(head) if head.exists() else None, samples)
 
     def accuracy(self, body: Mapping[str, Tensor], split: str) -> float:
         """The share of right answers with this body, and the task's own head where it has one."""
-        samples = load_file(self.folder / f"{split}.safetensors")
+        split_file = load_file(self.folder / f"{split}.safetensors")
+        samples = {name: values[: self.samples] for name, values in split_file.items()}
         labels = samples.pop("labels").long()
         own = {
             name: tensor
@@ -165,14 +167,14 @@ def scaled(base: Mapping[str, Tensor], merged: Mapping[str, Tensor], by: float) 
     return {n: b + by * (merged[n] - b) if b.is_floating_point() else b for n, b in base.items()}
 
 
-def compare(merger: Merger, tasks: Sequence[Task], names: Sequence[str]) -> None:
+def compare(merger: Merger, tasks: Sequence[Task], names: Sequence[str], all_scalings: Sequence[float]) -> None:
     base = load_file(merger.base / "model.safetensors")
     experts = {split: {task.name: task.accuracy(task.tensors, split) for task in tasks} for split in ("val", "test")}
     print("experts, test:", ", ".join(f"{name} {value:.3f}" for name, value in experts["test"].items()))
     print(f"{'method':34s} scaling   val mean  worst   test mean  worst   seconds")
     for name in names:
         method = METHODS[name]
-        scalings = SCALINGS if has_scaling(method) else (1.0,)
+        scalings = all_scalings if has_scaling(method) else (1.0,)
         merged, seconds = merger.merged(at_one(method))
         found = {s: score(tasks, experts["val"], scaled(base, merged, s), "val") for s in scalings}
         best = max(found, key=lambda s: (found[s].mean, -s))
@@ -199,11 +201,14 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, nargs="+", required=True)
     parser.add_argument("--exemplars", type=int, default=8)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--scalings", type=float, nargs="+", default=SCALINGS)
+    parser.add_argument("--samples", type=int, default=10**9, help="labeled samples to use of each split, at most")
     options = parser.parse_args()
-    tasks = [Task.read(folder.resolve()) for folder in options.tasks]
+    tasks = [Task.read(folder.resolve(), options.samples) for folder in options.tasks]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()
-        compare(Merger(options.base.resolve(), tasks, options.exemplars, scratch), tasks, options.methods)
+        merger = Merger(options.base.resolve(), tasks, options.exemplars, scratch)
+        compare(merger, tasks, options.methods, options.scalings)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from service.contract.stages import Stage
 from service.stores.objects import failures
 from workers.cleanup import remove_scratch
 from workers.gates import judge, metrics
+from workers.licenses import read_license
 from workers.report import Facts, build_report, render_card, render_html
 from workers.tensors import NAMES, TensorReader, TensorWriter, chunks, write_artifact
 from workers.version import ENGINE, library_versions
@@ -43,7 +44,7 @@ def run(work: Work) -> Done:
     inputs = _digests(work, plan)
     measured = metrics(work.outputs(Stage.EVALUATE))
     verdicts = judge(work.recipe.gates, measured)
-    facts = Facts(work.recipe, plan, measured, verdicts, _trimmed(merged), work.so_far(), tuple(files))
+    facts = Facts(work.recipe, plan, measured, verdicts, _trimmed(merged), work.so_far(), tuple(files), _licenses(work))
     report = build_report(facts)
     files.append(_write(work, artifacts.REPORT_JSON, json.dumps(report, indent=2)))
     files.append(_write(work, artifacts.REPORT_HTML, render_html(report)))
@@ -55,6 +56,12 @@ def run(work: Work) -> Done:
     with failures():
         remove_scratch(work.objects, work.workspace, work.claim.job_id)
     return Done(status=status, result=_result(report, plan, whole))
+
+
+def _licenses(work: Work) -> dict[str, str | None]:
+    """What the base and the tasks say their licenses are."""
+    addresses = {"base": work.recipe.base, **{f"task:{task.name}": task.checkpoint for task in work.recipe.tasks}}
+    return {name: read_license(work.objects, address) for name, address in addresses.items()}
 
 
 def _write(work: Work, name: str, text: str) -> Artifact:
