@@ -55,4 +55,5 @@ def _agreed(parts: Sequence[Tensor], weights: Sequence[float], votes: Sequence[f
         agreeing = (part * elected).clamp_min_(0)  # the magnitude, or 0 where the sign is another
         total.add_(agreeing, alpha=weight)
         weight_there.add_(agreeing.sign_(), alpha=weight)
-    return total.div_(weight_there.masked_fill_(weight_there == 0, 1)).mul_(elected)
+    # Where no task agrees the total is 0, and any divisor will do; this takes a fraction of what masking takes.
+    return total.div_(weight_there.clamp_min_(torch.finfo(total.dtype).tiny)).mul_(elected)

@@ -25,7 +25,7 @@ from workers.statistics import Statistic, stack_statistics
 from workers.tensors import DTYPES
 from workers.treatments import Effect, Removed, Trimmed, trim
 
-CHUNK = 1 << 16  # entries that are merged at once: 256 KiB of each operand, so that all of them stay in the cache
+CHUNK = 1 << 17  # entries that are merged at once: half a megabyte of each operand, which stay in the cache
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from service.contract.treatments import Role
 
 CODE = "incompatible_checkpoints"
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-NAMED = 100  # disagreements named one by one; beyond them a count says how many more there are
+NAMED = 100  # disagreements, or tensors of the base alone, named one by one; a count says how many more there are
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def fit(recipe: Recipe, base: Checkpoint, tasks: Sequence[Checkpoint]) -> Fit:
     merged: list[str] = []
     copied: list[str] = []
     equal: list[str] = []
-    warnings: list[str] = []
+    alone: list[str] = []
     faults = _architecture_faults(base, tasks)
     for name, info in base.tensors.items():
         holders = [task for task in tasks if name in task.tensors]
@@ -48,7 +48,7 @@ def fit(recipe: Recipe, base: Checkpoint, tasks: Sequence[Checkpoint]) -> Fit:
             copied.append(name)
         elif not holders:
             copied.append(name)
-            warnings.append(f"{name}: no task has it; copied from the base")
+            alone.append(name)
         else:
             faults += _tensor_faults(info, tasks)
             (merged if info.dtype in FLOATS else copied).append(name)
@@ -58,7 +58,7 @@ def fit(recipe: Recipe, base: Checkpoint, tasks: Sequence[Checkpoint]) -> Fit:
         task: tuple(name for name in checkpoint.tensors if name in head_names or name not in base.tensors)
         for task, checkpoint in named.items()
     }
-    warnings += _head_warnings(heads)
+    warnings = _alone_warnings(alone) + _head_warnings(heads)
     if not merged and not faults:
         faults.append(Fault("/base", CODE, f"{base.address}: nothing to merge; no floating-point tensor is shared"))
     return Fit(_capped(faults), tuple(merged), tuple(copied), tuple(equal), heads, tuple(warnings))
@@ -131,6 +131,12 @@ def _disagreement(info: TensorInfo, task: Checkpoint) -> str | None:
     if info.dtype.startswith("F8"):
         return f"{found.file}: tensor {info.name!r} is {info.dtype}; 8-bit floats are not merged, convert to BF16 first"
     return None
+
+
+def _alone_warnings(names: Sequence[str]) -> list[str]:
+    named = [f"{name}: no task has it; copied from the base" for name in names[:NAMED]]
+    more = len(names) - len(named)
+    return [*named, f"and {more} more tensors that no task has; copied from the base"] if more else named
 
 
 def _head_warnings(heads: Mapping[str, tuple[str, ...]]) -> list[str]:

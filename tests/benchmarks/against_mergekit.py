@@ -95,7 +95,15 @@ class Programs:
     def theirs(self, pair: Pair, folder: Path) -> Measured:
         config, out = self.scratch / "config.yml", self.scratch / "theirs"
         config.write_text(json.dumps(pair.config(folder / "base", _experts(folder))))
-        words = ["-m", "mergekit.scripts.run_yaml", config, out, "--quiet", "--out-shard-size", str(SHARD_BYTES)]
+        words: list[str | Path] = [
+            "-m",
+            "mergekit.scripts.run_yaml",
+            config,
+            out,
+            "--quiet",
+            "--out-shard-size",
+            str(SHARD_BYTES),
+        ]
         try:
             return measure([self.mergekit, *words], {"HF_HUB_OFFLINE": "1"})
         finally:
@@ -153,7 +161,7 @@ def main() -> None:
 
 def _make_tiny(folder: Path, experts: int) -> None:
     maker = Path(__file__).with_name("checkpoints.py")
-    sizes = "--layers 1 --width 64 --vocabulary 64 --shards 1 --experts".split()
+    sizes = ["--layers", "1", "--width", "64", "--vocabulary", "64", "--shards", "1", "--experts"]
     subprocess.run([sys.executable, maker, folder, *sizes, str(experts)], check=True)
 
 

@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.floor [--folder /tmp/llama] [--repeats 5]
 
-The folder holds ``base`` and ``e0``, ``e1`` and so on, as ``checkpoints.py`` makes them; without one they are made. Runs
-alternate, the page cache is warm, and both sides end with the bytes on disk (fsync).
+The folder holds ``base`` and ``e0``, ``e1`` and so on, as ``checkpoints.py`` makes them; without one they are made.
+Runs alternate, the page cache is warm, and both sides end with the bytes on disk (fsync). Processor seconds are given
+too: where other programs keep the processors busy they say more than the clock.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.benchmarks.processes import merge_folders
@@ -46,39 +47,34 @@ def weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def stream(models: Sequence[Path], out: Path) -> float:
-    """Read every byte of all models in large spans, and write as many as the first has; the seconds that took."""
-    start = time.perf_counter()
+def stream(models: Sequence[Path], out: Path) -> tuple[float, float]:
+    """Read every byte of all models in large spans and write as many as the first has; seconds, processor seconds."""
+    start, start_processor = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(READERS) as pool:
         for index, file in enumerate(weights(models[0])):
             with (out / file.name).open("wb", buffering=0) as writer:
-                written = file.stat().st_size
-                _copy(pool, [weights(model)[index] for model in models], writer.fileno(), written)
+                _copy(pool, [weights(model)[index] for model in models], writer.fileno(), file.stat().st_size)
                 os.fsync(writer.fileno())
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_processor
 
 
 def _copy(pool: ThreadPoolExecutor, files: Sequence[Path], out: int, size: int) -> None:
-    """One span of each file is read while the span before is written."""
-    opened = [os.open(file, os.O_RDONLY) for file in files]
-    buffers = [[bytearray(SPAN_BYTES) for _ in files] for _ in range(2)]
-    try:
-        offsets = range(0, size, SPAN_BYTES)
-        reading = _start(pool, opened, buffers[0], 0)
-        for turn, offset in enumerate(offsets):
+    """One span of each file is read while the span before it is written."""
+    with ExitStack() as stack:
+        opened = [stack.enter_context(file.open("rb", buffering=0)).fileno() for file in files]
+        buffers = [[bytearray(SPAN_BYTES) for _ in files] for _ in range(2)]
+
+        def start(turn: int) -> list[Future[int]]:
+            at = turn * SPAN_BYTES
+            return [pool.submit(os.preadv, file, [buffers[turn % 2][i]], at) for i, file in enumerate(opened)]
+
+        turns = -(-size // SPAN_BYTES)
+        reading = start(0)
+        for turn in range(turns):
             for piece in reading:
                 piece.result()
-            reading = (
-                _start(pool, opened, buffers[(turn + 1) % 2], offset + SPAN_BYTES) if offset + SPAN_BYTES < size else []
-            )
-            os.write(out, memoryview(buffers[turn % 2][0])[: min(SPAN_BYTES, size - offset)])
-    finally:
-        for file in opened:
-            os.close(file)
-
-
-def _start(pool: ThreadPoolExecutor, files: Sequence[int], buffers: Sequence[bytearray], offset: int) -> list:  # type: ignore[type-arg]
-    return [pool.submit(os.preadv, file, [buffer], offset) for file, buffer in zip(files, buffers, strict=True)]
+            reading = start(turn + 1) if turn + 1 < turns else []
+            os.write(out, memoryview(buffers[turn % 2][0])[: min(SPAN_BYTES, size - turn * SPAN_BYTES)])
 
 
 def main() -> None:
@@ -95,23 +91,25 @@ def main() -> None:
 
 def compare(folder: Path, repeats: int, method: dict[str, object]) -> None:
     models = [folder / "base", *sorted(path for path in folder.glob("e*") if path.is_dir())]
-    floors: list[float] = []
-    merges: list[float] = []
+    floors: list[tuple[float, float]] = []
+    merges: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         out = Path(scratch)
         stream(models, out)  # warms the page cache
         for _ in range(repeats):
             floors.append(stream(models, out))
             _, stages = merge_folders(models[0], models[1:], method, out / "merged", SHARD_BYTES)
-            merges.append(stages["merge"])
+            merges.append((stages.seconds["merge"], stages.processor["merge"]))
             shutil.rmtree(out / "merged")
-    ratio = statistics.median(merge / floor for merge, floor in zip(merges, floors, strict=True))
     read = sum(file.stat().st_size for model in models for file in weights(model))
-    print("| bytes read | bytes written | floor, s | merge stage, s | ratio |")
-    print("|---:|---:|---:|---:|---:|")
-    written = read / len(models)
-    figures = f"{statistics.median(floors):.2f} | {statistics.median(merges):.2f} | {ratio:.2f}"
-    print(f"| {read / 1e9:.2f} GB | {written / 1e9:.2f} GB | {figures} |")
+    print(f"{read / 1e9:.2f} GB read, {read / len(models) / 1e9:.2f} GB written")
+    print("| | floor | merge stage | ratio |")
+    print("|---|---:|---:|---:|")
+    for kind, name in enumerate(("seconds", "processor seconds")):
+        pairs = [(floor[kind], merge[kind]) for floor, merge in zip(floors, merges, strict=True)]
+        ratio = statistics.median(merge / floor for floor, merge in pairs)
+        floor, merge = (statistics.median(side) for side in zip(*pairs, strict=True))
+        print(f"| {name} | {floor:.2f} | {merge:.2f} | **{ratio:.2f}** |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Merges checkpoints in folders by the workers' own stages, in this process, and prints the seconds of each stage.
+"""Merges checkpoints in folders by the workers' own stages, in this process, and prints what each stage took.
 
     python tests/benchmarks/one_merge.py \
         '{"base": "/models/base", "tasks": ["/models/a"], "method": {"name": "ties"}, "out": "/tmp/merged"}'
 
-The result lies in ``out/objects/result``. With ``"profile": 20``, twenty rows of each stage's profile are printed first.
+The result lies in ``out/objects/result``. With ``"profile": 20``, twenty rows of each stage's profile come first. The
+last line gives seconds and processor seconds (those of all threads together) by stage.
 """
 
 from __future__ import annotations
@@ -32,20 +33,22 @@ from workers.work import Work
 PREFIX = "s3://objects/result/"
 
 
-def run_stages(asked: Mapping[str, Any]) -> dict[str, float]:
-    """Everything up to the merged weights; the seconds of each stage by its name."""
+def run_stages(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything up to the merged weights; ``seconds`` and ``processor`` seconds by the names of the stages."""
     recipe = recipe_of(asked)
     device = prepare(WorkerSettings.from_environment(os.environ))
     outputs: dict[Stage, list[dict[str, Any]]] = {}
     seconds: dict[str, float] = {}
+    processor: dict[str, float] = {}
 
     def timed(stage: Stage, parts: int) -> list[Done]:
         profile = cProfile.Profile()
-        start = time.perf_counter()
+        start, start_processor = time.perf_counter(), time.process_time()
         if asked.get("profile"):
             profile.enable()
         done = [RUN[stage](_work(asked, recipe, device, stage, part, outputs)) for part in range(parts)]
         seconds[stage.value] = time.perf_counter() - start
+        processor[stage.value] = time.process_time() - start_processor
         if asked.get("profile"):
             profile.disable()
             pstats.Stats(profile).sort_stats("tottime").print_stats(asked["profile"])
@@ -55,7 +58,7 @@ def run_stages(asked: Mapping[str, Any]) -> dict[str, float]:
     for stage in (Stage.CALIBRATE, Stage.MERGE):
         count = sum(part.stage is stage for part in planned)
         outputs[stage] = [dict(done.output) for done in timed(stage, count)]
-    return seconds
+    return {"seconds": seconds, "processor": processor}
 
 
 def recipe_of(asked: Mapping[str, Any]) -> Recipe:

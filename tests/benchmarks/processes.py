@@ -20,6 +20,18 @@ ONE_MERGE = Path(__file__).with_name("one_merge.py")
 
 
 @dataclass(frozen=True)
+class Stages:
+    """What each stage took by its name: seconds, and processor seconds of all threads together."""
+
+    seconds: dict[str, float]
+    processor: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True)
 class Measured:
     """One run of a program: seconds from start to end, processor seconds, peak resident bytes, what it printed."""
 
@@ -60,8 +72,8 @@ def environment() -> dict[str, str]:
 
 def merge_folders(
     base: Path, tasks: Sequence[Path], method: Mapping[str, Any], out: Path, shard_bytes: int = 10**12
-) -> tuple[Measured, dict[str, float]]:
-    """Plan, calibrate and merge checkpoints in a process of their own, and how many seconds each stage took."""
+) -> tuple[Measured, Stages]:
+    """Plan, calibrate and merge checkpoints in a process of their own."""
     asked = {
         "base": str(base),
         "tasks": [str(task) for task in tasks],
@@ -70,5 +82,4 @@ def merge_folders(
         "shard_bytes": shard_bytes,
     }
     run = measure([sys.executable, ONE_MERGE, json.dumps(asked)], environment())
-    stages: dict[str, float] = json.loads(run.output.splitlines()[-1])
-    return run, stages
+    return run, Stages(**json.loads(run.output.splitlines()[-1]))

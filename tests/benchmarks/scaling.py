@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from service.contract.checkpoint import tensor_bytes, write_header
-from tests.benchmarks.processes import Measured, merge_folders
+from tests.benchmarks.processes import Measured, Stages, merge_folders
 
 EXPERTS = 64
 TINY = (8, 8)
 WIDE = (2048, 2048)
 MB = 1 << 20
 
-Line = tuple[Measured, dict[str, float]]
+Line = tuple[Measured, Stages]
 
 
 def names(count: int) -> Iterator[str]:
@@ -59,8 +59,9 @@ def by_tensors(folder: Path, counts: list[int], tasks: int, method: dict[str, ob
     print("|---:|---:|---:|---:|---:|---:|")
     for count in counts:
         run, stages = measured(folder, count, TINY, tasks, method)
-        each = 1000 * sum(stages.values()) / count
-        figures = f"{stages['plan']:.2f} | {stages['calibrate']:.2f} | {stages['merge']:.2f} | {each:.3f}"
+        each = 1000 * stages.total / count
+        seconds = stages.seconds
+        figures = f"{seconds['plan']:.2f} | {seconds['calibrate']:.2f} | {seconds['merge']:.2f} | {each:.3f}"
         print(f"| {count:,} | {figures} | {run.peak_bytes / MB:.0f} |", flush=True)
 
 
@@ -71,7 +72,7 @@ def by_parameters(folder: Path, millions: list[int], tasks: int, method: dict[st
     for million in millions:
         count = max(1, million * 10**6 // each)
         run, stages = measured(folder, count, WIDE, tasks, method)
-        total = sum(stages.values())
+        total = stages.total
         rate = total / (count * each * (tasks + 1) / 1e9)
         print(f"| {count * each / 1e6:,.0f} M | {total:.2f} | {rate:.2f} | {run.peak_bytes / MB:.0f} |", flush=True)
 
@@ -81,7 +82,7 @@ def by_tasks(folder: Path, tasks: list[int], million: int, method: dict[str, obj
     print("|---:|---:|---:|---:|")
     for count in tasks:
         run, stages = measured(folder, max(1, million * 10**6 // (WIDE[0] * WIDE[1])), WIDE, count, method)
-        total = sum(stages.values())
+        total = stages.total
         print(f"| {count} | {total:.2f} | {total / (count + 1):.2f} | {run.peak_bytes / MB:.0f} |", flush=True)
 
 

@@ -27,7 +27,7 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Dare
 
 def _thinned(task_vector: Tensor, params: Dare, context: Context, task: str) -> Tensor:
     mask = drawn_mask(task_vector.numel(), params.density, context.seed, context.parameter, task)
-    kept = task_vector * mask.to(task_vector.device).view(task_vector.shape)
+    kept = mask.to(task_vector.device).view(task_vector.shape).to(task_vector.dtype).mul_(task_vector)
     if params.rescale == "density":
         return kept.mul_(STEPS / steps_of(params.density))
     return kept.mul_(_l1_ratio(task_vector, kept))

@@ -43,13 +43,14 @@ def _thinned(rows: Tensor, params: Della, context: Context, task: str) -> Tensor
     drawn = np.empty(rows.numel(), dtype=np.uint16)
     for place, numbers in draws(rows.numel(), context.seed, context.parameter, task):
         drawn[place] = numbers
-    factors = np.where(drawn.reshape(rows.shape) < limits, STEPS / limits if params.rescale == "density" else 1.0, 0.0)
+    is_kept = torch.from_numpy(drawn.reshape(rows.shape) <= (limits - 1).astype(np.uint16))
+    factors = torch.from_numpy(STEPS / limits if params.rescale == "density" else np.ones_like(limits)).to(rows)
     thinned = torch.empty_like(rows, memory_format=torch.contiguous_format)
     block = max(1, ROW_BLOCK_ENTRIES // rows.shape[1])
     for first in range(0, rows.shape[0], block):
         part = slice(first, first + block)
-        by_rank = torch.from_numpy(factors[part]).to(rows)
-        thinned[part] = rows[part] * torch.empty_like(by_rank).scatter_(1, _ranked(rows[part]), by_rank)
+        by_rank = is_kept[part].to(rows).mul_(factors)
+        torch.mul(rows[part], torch.empty_like(by_rank).scatter_(1, _ranked(rows[part]), by_rank), out=thinned[part])
     return thinned if params.rescale == "density" else thinned.mul_(_l1_ratio(rows, thinned))
 
 
@@ -63,9 +64,12 @@ def _ranked(rows: Tensor) -> Tensor:
     """For each row of ``rows [m, n]`` the columns of its entries, the largest magnitude first, ``[m, n]`` int64."""
     columns = torch.arange(rows.shape[1], device=rows.device)
     # The bits of a positive float are ordered as it is; below them the column breaks ties. One sort of whole numbers.
-    keys = (rows.abs().float().contiguous().view(torch.int32).long() << 32) | columns.flip(0)
-    ordered = torch.from_numpy(np.sort(keys.numpy(), axis=1)) if keys.device.type == "cpu" else keys.sort(dim=1).values
-    return rows.shape[1] - 1 - (ordered.flip(1) & 0xFFFFFFFF)
+    keys = rows.abs().float().contiguous().view(torch.int32).long().mul_(1 << 32).add_(columns.flip(0))
+    if keys.device.type == "cpu":
+        keys.numpy().sort(axis=1)
+    else:
+        keys = keys.sort(dim=1).values
+    return keys.flip(1).bitwise_and_(0xFFFFFFFF).neg_().add_(rows.shape[1] - 1)
 
 
 def _l1_ratio(before: Tensor, after: Tensor) -> float:

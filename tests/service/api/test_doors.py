@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,13 @@ def test_a_job_is_what_the_document_says(front: Front) -> None:
 
 
 def test_there_are_pages_to_read(empty_front: Front) -> None:
-    assert "swagger" in empty_front.http.get("/docs").text
+    page = empty_front.http.get("/docs").text
+    assert "swagger" in page
+    needed = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert needed
+    for address in needed:
+        assert address.startswith("/docs/"), "the page asks nobody else for its scripts"
+        assert empty_front.http.get(address).status_code == 200
 
 
 def test_methods_are_listed(empty_front: Front) -> None:
