@@ -24,6 +24,7 @@ class Context:
     ``tasks`` are the names of the tasks in order; ``statistics`` and ``cuts`` come in that order too. ``cuts`` are the
     places where each task's largest entries end, one for each share that ``Method.surveys`` asks for, counted over
     the whole task vector. ``blocks`` counts the matrices that are stacked in the parameter.
+    ``first`` is where the task vectors begin if they are but a piece ``[n]`` of the parameter's entries in a row.
     """
 
     parameter: str
@@ -35,6 +36,7 @@ class Context:
     seed: int = 0
     cuts: Sequence[Sequence[Cut]] = ()
     blocks: int = 1
+    first: int = 0
 
     def of(self, chosen: Sequence[int]) -> Context:
         """The same parameter with some of the tasks only."""

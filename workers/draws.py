@@ -10,21 +10,28 @@ import torch
 from torch import Tensor
 
 BLOCK = 1 << 20
+DRAWS_AT_ONCE = 16  # are cut from what the generator gives for one counter: four numbers of 64 bits
 STEPS = 1 << 16  # a draw is one of so many equally likely numbers
 
 
-def draws(count: int, seed: int, parameter: str, task: str) -> Iterator[tuple[slice, np.ndarray]]:
+def draws(count: int, seed: int, parameter: str, task: str, first: int = 0) -> Iterator[tuple[slice, np.ndarray]]:
     """``count`` whole numbers below STEPS, block by block with the place of each, for one parameter of one task.
+
+    ``first`` is how many to pass over: the numbers are those that a longer run has from there on.
 
     They come from Philox4x64-10, a counter-based generator: its key is a digest of seed, parameter and task, and every
     block starts at a counter of its own, so that any block can be drawn alone. Four draws are cut from each number.
     """
     key = hashlib.sha256(f"{seed}\0{parameter}\0{task}".encode()).digest()[:16]
-    for block, start in enumerate(range(0, count, BLOCK)):
-        size = min(BLOCK, count - start)
-        generator = np.random.Philox(key=int.from_bytes(key, "little"), counter=[0, 0, 0, block])
-        words = generator.random_raw(-(-size // 4)).astype("<u8", copy=False)
-        yield slice(start, start + size), words.view("<u2")[:size]
+    done = 0
+    while done < count:
+        block, offset = divmod(first + done, BLOCK)
+        counter, unused = divmod(offset, DRAWS_AT_ONCE)
+        size = min(BLOCK - offset, count - done)
+        generator = np.random.Philox(key=int.from_bytes(key, "little"), counter=[counter, 0, 0, block])
+        words = generator.random_raw(-(-(unused + size) // 4)).astype("<u8", copy=False)
+        yield slice(done, done + size), words.view("<u2")[unused : unused + size]
+        done += size
 
 
 def steps_of(chance: float) -> int:
@@ -32,10 +39,13 @@ def steps_of(chance: float) -> int:
     return min(STEPS, max(1, round(chance * STEPS)))
 
 
-def drawn_mask(count: int, chance: float, seed: int, parameter: str, task: str) -> Tensor:
-    """Booleans ``[count]``, in host memory, each true with ``chance``, rounded to a multiple of 1 / STEPS."""
+def drawn_mask(count: int, chance: float, seed: int, parameter: str, task: str, first: int = 0) -> Tensor:
+    """Booleans ``[count]``, in host memory, each true with ``chance``, rounded to a multiple of 1 / STEPS.
+
+    ``first`` is as in ``draws``.
+    """
     mask = np.empty(count, dtype=np.bool_)
     limit = steps_of(chance)
-    for place, drawn in draws(count, seed, parameter, task):
+    for place, drawn in draws(count, seed, parameter, task, first):
         np.less(drawn, limit, out=mask[place])
     return torch.from_numpy(mask)

@@ -58,7 +58,7 @@ def merge_tensor(
         return Merged(merge_entrywise(plan, recipe, base, experts, device), [], {})
     compute = torch.promote_types(base.dtype, torch.float32)
     start = base.to(device, compute)
-    vectors = [expert.to(device, compute) - start for expert in experts]
+    vectors = [expert.to(device, compute, copy=True).sub_(start) for expert in experts]
     _refuse_non_finite(plan, recipe, start, vectors)
     trimmed, treatment, reason = _trim(plan, recipe, vectors, statistics)
     method = plan.method or recipe.method
@@ -104,7 +104,9 @@ def merge_entrywise(
         for first in range(0, flat.numel(), step):
             part = slice(first, first + step)
             start, *vectors = _task_vectors(room, flat[part], [other[part] for other in others])
-            context = Context(plan.name, plan.role, plan.transposed, start, names, [None] * len(names), recipe.seed)
+            context = Context(
+                plan.name, plan.role, plan.transposed, start, names, [None] * len(names), recipe.seed, first=first
+            )
             total = merge(vectors, weights, method, context).add_(start)
             merged[part] = total
             if not is_within(total, merged.dtype):

@@ -23,8 +23,7 @@ class Method(Frozen):
 
     ``trims`` says whether task vectors are treated before they are combined, ``combines`` which function of
     ``workers.methods`` combines them, ``any_order`` that the order of tasks does not matter beyond rounding,
-    ``draws`` that random numbers are drawn (from the recipe's seed), ``entrywise`` that an entry of the result depends
-    on nothing but the same entry of the task vectors, ``task_limit`` how many tasks it takes at most,
+    ``draws`` that random numbers are drawn (from the recipe's seed), ``task_limit`` how many tasks it takes at most,
     ``observes`` the roles whose inputs it must have statistics of in order to combine them, ``by_matrix`` that it
     looks at whole matrices, so that stacked ones are merged one by one.
     """
@@ -34,7 +33,6 @@ class Method(Frozen):
     combines: ClassVar[str] = ""
     any_order: ClassVar[bool] = True
     draws: ClassVar[bool] = False
-    entrywise: ClassVar[bool] = False
     task_limit: ClassVar[int | None] = None
     observes: ClassVar[tuple[Role, ...]] = ()
     by_matrix: ClassVar[bool] = False
@@ -48,6 +46,11 @@ class Method(Frozen):
     def needs_statistics(self) -> bool:
         """Whether every task must bring exemplars or statistics."""
         return bool(self.combining.observes)
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether an entry of the result depends on nothing but the same entry of what is merged, and its place."""
+        return False
 
     @property
     def surveys(self) -> tuple[float, ...]:
@@ -76,10 +79,13 @@ class TaskArithmetic(Method):
 
     paper: ClassVar[str] = "Editing Models with Task Arithmetic, Ilharco et al., ICLR 2023, arXiv:2212.04089"
     combines: ClassVar[str] = "task_arithmetic"
-    entrywise: ClassVar[bool] = True
 
     name: Literal["task_arithmetic"] = "task_arithmetic"
     scaling: float = Field(0.4, ge=0, le=100, description="Factor on the sum of task vectors")
+
+    @property
+    def entrywise(self) -> bool:
+        return True
 
 
 class Average(Method):
@@ -87,9 +93,12 @@ class Average(Method):
 
     paper: ClassVar[str] = "Model soups, Wortsman et al., ICML 2022, arXiv:2203.05482"
     combines: ClassVar[str] = "average"
-    entrywise: ClassVar[bool] = True
 
     name: Literal["average"] = "average"
+
+    @property
+    def entrywise(self) -> bool:
+        return True
 
 
 class Ties(Method):
@@ -141,6 +150,10 @@ class Dare(Method):
     rescale: Rescale = Field(
         "density", description="Divide by the density (the paper), or restore the tensor's L1 norm (mergekit)"
     )
+
+    @property
+    def entrywise(self) -> bool:
+        return self.rescale == "density"
 
 
 class Della(Method):

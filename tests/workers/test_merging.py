@@ -67,6 +67,26 @@ def merge(
     return merge_tensor(plan, made, base, experts, statistics or [None] * len(TASKS), "cpu")
 
 
+@pytest.mark.parametrize("combine", ["linear", "ties"])
+def test_dare_in_pieces_is_dare_of_the_whole(combine: str) -> None:
+    base, experts = randn(13, 11), [randn(13, 11) for _ in TASKS]
+    recipe = recipe_of({"name": "dare", "combine": combine})
+    plan = plan_of(recipe, base)
+    whole = merge_entrywise(plan, recipe, base, experts, "cpu", chunk=1 << 20)
+    for chunk in (1, 7, 64):
+        assert merge_entrywise(plan, recipe, base, experts, "cpu", chunk=chunk).equal(whole)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_the_largest_number_of_a_type_does_not_overflow_it(dtype: str) -> None:
+    largest = float(torch.finfo(DTYPES[dtype]).max)
+    base = torch.full((3,), largest)
+    experts = [base.clone() for _ in TASKS]
+    recipe = recipe_of(ARITHMETIC)
+    merged = merge_tensor(plan_of(recipe, base, dtype=dtype), recipe, base, experts, [None] * len(TASKS), "cpu")
+    assert merged.tensor.float().tolist() == [largest] * 3
+
+
 def test_task_arithmetic_by_hand() -> None:
     base = torch.tensor([1.0, 2.0])
     experts = [torch.tensor([2.0, 2.0]), torch.tensor([1.0, 6.0]), torch.tensor([3.0, 2.0])]

@@ -416,6 +416,15 @@ def test_draws_are_uniform_and_blocks_are_their_own() -> None:
     assert np.array_equal(first, blocks[0][:100])
 
 
+@pytest.mark.parametrize("first", [1, 16, 100, BLOCK - 3, BLOCK, BLOCK + 17])
+def test_draws_can_begin_anywhere(first: int) -> None:
+    whole = np.concatenate([block for _, block in draws(2 * BLOCK, 1, "a", "b")])
+    piece = np.empty(BLOCK, dtype=np.uint16)[: 2 * BLOCK - first]
+    for place, block in draws(len(piece), 1, "a", "b", first):
+        piece[place] = block
+    assert np.array_equal(piece, whole[first : first + len(piece)])
+
+
 def test_dare_keeps_the_expectation() -> None:
     ones = [torch.ones(400, 500, dtype=torch.float64)]
     context = context_of((400, 500)).of([0])

@@ -26,7 +26,7 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Dare
 
 
 def _thinned(task_vector: Tensor, params: Dare, context: Context, task: str) -> Tensor:
-    mask = drawn_mask(task_vector.numel(), params.density, context.seed, context.parameter, task)
+    mask = drawn_mask(task_vector.numel(), params.density, context.seed, context.parameter, task, context.first)
     kept = mask.to(task_vector.device).view(task_vector.shape).to(task_vector.dtype).mul_(task_vector)
     if params.rescale == "density":
         return kept.mul_(STEPS / steps_of(params.density))
