@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 20
+CPU_BLOCK = 1 << 16  # entries that are summed at once: for all tasks together they stay in the cache
+GPU_BLOCK = 1 << 20
 
 
 def inner_products(vectors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
@@ -18,9 +19,10 @@ def inner_products(vectors: Sequence[Tensor], base: Tensor | None = None) -> Ten
     flat = [vector.reshape(-1) for vector in vectors]
     start = None if base is None else base.reshape(-1)
     total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat[0].device)
-    for first in range(0, flat[0].numel(), BLOCK):
-        rows = torch.stack([vector[first : first + BLOCK].double() for vector in flat])
+    block = CPU_BLOCK if total.device.type == "cpu" else GPU_BLOCK
+    for first in range(0, flat[0].numel(), block):
+        rows = torch.stack([vector[first : first + block].double() for vector in flat])
         if start is not None:
-            rows += start[first : first + BLOCK].double()
+            rows += start[first : first + block].double()
         total.addmm_(rows, rows.T)
     return total.cpu()

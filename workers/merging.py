@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -99,9 +100,11 @@ def merge_entrywise(
     flat, others = base.reshape(-1), [expert.reshape(-1) for expert in experts]
     merged = torch.empty(flat.shape, dtype=DTYPES[plan.dtype])
     step = chunk if device == "cpu" else max(1, flat.numel())  # a GPU is slowed down by small pieces
-    room = torch.empty(len(others) + 1, min(step, flat.numel()), dtype=compute, device=device)
-    with _one_thread():
-        for first in range(0, flat.numel(), step):
+    pieces = range(0, flat.numel(), step)
+
+    def merge_pieces(starts: range) -> None:
+        room = torch.empty(len(others) + 1, min(step, flat.numel()), dtype=compute, device=device)
+        for first in starts:
             part = slice(first, first + step)
             start, *vectors = _task_vectors(room, flat[part], [other[part] for other in others])
             context = Context(
@@ -112,7 +115,21 @@ def merge_entrywise(
             if not is_within(total, merged.dtype):
                 _refuse_non_finite(plan, recipe, start, vectors)
                 _refuse_overflow(plan, merged[part])
+
+    _share_out(pieces, merge_pieces)
     return merged.view(base.shape)
+
+
+def _share_out(pieces: range, work: Callable[[range], None]) -> None:
+    """Do all pieces in as many threads as torch may use, each of which computes alone."""
+    threads = min(torch.get_num_threads(), len(pieces))
+    with _one_thread():
+        if threads <= 1:
+            work(pieces)
+            return
+        with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:
+            for done in [pool.submit(work, pieces[index::threads]) for index in range(threads)]:
+                done.result()
 
 
 def _task_vectors(room: Tensor, base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
