@@ -334,3 +334,11 @@ def test_a_commit_that_may_not_be_is_stopped() -> None:
     Watch(lambda: True).announce_commit()
     with pytest.raises(Stopped, match="made visible"):
         Watch(lambda: False).announce_commit()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": [{}]}', '{"files": [{"name": 3}]}', '{"files": 1}'])
+def test_a_manifest_that_is_none_is_named_and_left_alone(objects: Objects, text: str) -> None:
+    objects.put(f"{PREFIX}merge/manifest.json", text.encode(), "application/json")
+    with pytest.raises(BadInput, match=r"manifest\.json is no manifest of a merge"):
+        Walk(objects, recipe_of(output={"prefix": PREFIX, "overwrite": True})).step(Stage.PLAN)
+    assert listed(objects) == {"merge/manifest.json"}

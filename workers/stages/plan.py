@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from service.contract import artifacts
 from service.contract.adapter import on_base
@@ -92,7 +93,7 @@ def _clear(work: Work) -> None:
     objects, prefix = work.objects, work.claim.prefix
     with failures():
         try:
-            manifest = json.loads(objects.read_all(prefix + artifacts.MANIFEST, MANIFEST_LIMIT_BYTES))
+            manifest = _read_manifest(prefix, objects.read_all(prefix + artifacts.MANIFEST, MANIFEST_LIMIT_BYTES))
         except ObjectMissing:
             return
         if not work.recipe.output.overwrite and manifest.get("job") != work.claim.job_id:
@@ -101,8 +102,20 @@ def _clear(work: Work) -> None:
                 "submit with another prefix, or with output.overwrite"
             )
         objects.delete(prefix + artifacts.MANIFEST)
-        for file in manifest.get("files", []):
-            objects.delete(prefix + str(file["name"]))
+        for file in manifest["files"]:
+            objects.delete(prefix + file["name"])
+
+
+def _read_manifest(prefix: str, data: bytes) -> dict[str, Any]:
+    """A manifest that lies in the way. Raises BadInput where it is none of ours: it can't say what to take away."""
+    try:
+        manifest = json.loads(data)
+        names = [file["name"] for file in manifest["files"]]
+    except (ValueError, LookupError, TypeError):
+        names = [None]
+    if not all(isinstance(name, str) for name in names):
+        raise BadInput(f"{prefix}{artifacts.MANIFEST} is no manifest of a merge; remove it, or choose another prefix")
+    return dict(manifest)
 
 
 def _write(work: Work, name: str, text: str) -> None:
