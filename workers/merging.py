@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,20 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.contract.errors import BadInput, BadTensor
-from service.contract.methods import Cat
+from service.contract.errors import BadTensor
 from service.contract.plan import TensorPlan
 from service.contract.recipe import Recipe
-from service.contract.treatments import Keep, Projection, ScaleMask, ShiftMask
-from service.contract.treatments import Statistic as Kind
-from workers.blocks import trim_blocks
-from workers.layout import as_blocks, as_matrix, from_blocks, from_matrix
 from workers.magnitudes import Cut
 from workers.methods import Context, merge
-from workers.proxies import proxy_squares, proxy_statistic
-from workers.statistics import Statistic, stack_statistics
+from workers.statistics import Statistic
 from workers.tensors import DTYPES
-from workers.treatments import Effect, Removed, Trimmed, trim
+from workers.trimming import log_rows, removed_by_name, trim_parameter
 
 CHUNK = 1 << 17  # entries that are merged at once: half a megabyte of each operand, which stay in the cache
 
@@ -61,7 +55,7 @@ def merge_tensor(
     start = base.to(device, compute)
     vectors = [expert.to(device, compute, copy=True).sub_(start) for expert in experts]
     _refuse_non_finite(plan, recipe, start, vectors)
-    trimmed, treatment, reason = _trim(plan, recipe, vectors, statistics)
+    trimmed, treatment, reason = trim_parameter(plan, recipe, vectors, statistics)
     method = plan.method or recipe.method
     context = Context(
         parameter=plan.name,
@@ -77,8 +71,8 @@ def merge_tensor(
     update = merge(trimmed.task_vectors, [task.weight for task in recipe.tasks], method, context)
     tensor = (start + update).to(DTYPES[plan.dtype])
     _refuse_overflow(plan, tensor)
-    rows = _rows(plan, recipe, vectors, trimmed, treatment, reason) if recipe.method.trims else []
-    return Merged(tensor.cpu(), rows, _removed(plan, recipe, trimmed.removed))
+    rows = log_rows(plan, recipe, vectors, trimmed, treatment, reason) if recipe.method.trims else []
+    return Merged(tensor.cpu(), rows, removed_by_name(plan, recipe, trimmed.removed))
 
 
 def _is_entrywise(plan: TensorPlan, recipe: Recipe) -> bool:
@@ -183,149 +177,3 @@ def is_within(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether all of a tensor, not empty, is surely finite in another type; False asks for a closer look."""
     least, most = tensor.aminmax()
     return bool(torch.maximum(-least, most) < torch.finfo(dtype).max)
-
-
-def _trim(
-    plan: TensorPlan, recipe: Recipe, vectors: list[Tensor], statistics: Sequence[Statistic | None]
-) -> tuple[Trimmed, str, str | None]:
-    """Trimmed task vectors in the tensor's own shape, the treatment they got, and why it is another than planned."""
-    untouched = Trimmed(vectors, [], [Effect() for _ in vectors])
-    if isinstance(plan.treatment, Keep):
-        return untouched, "keep", None
-    if isinstance(plan.treatment, Projection) and plan.blocks > 1:
-        return _trim_blocks(plan, plan.treatment, recipe, vectors, statistics)
-    is_matrix = isinstance(plan.treatment, Projection)
-    shaped = [as_matrix(vector, plan.role, plan.transposed) if is_matrix else vector.flatten() for vector in vectors]
-    known = _known(plan, recipe, shaped, statistics)
-    missing = [task.name for task, statistic in zip(recipe.tasks, known, strict=True) if _is_empty(statistic)]
-    if missing and type(plan.treatment).statistic is not Kind.NONE:
-        return untouched, "keep", f"no statistics in {', '.join(missing)}"
-    _refuse_misfits(plan, recipe, shaped[0].shape[-1], known)
-    trimmed = trim(shaped, known, plan.treatment)
-    back = [
-        from_matrix(vector, plan.shape, plan.role, plan.transposed) if is_matrix else vector.reshape(plan.shape)
-        for vector in trimmed.task_vectors
-    ]
-    return Trimmed(back, trimmed.removed, trimmed.effects), plan.treatment.name, None
-
-
-def _trim_blocks(
-    plan: TensorPlan,
-    treatment: Projection,
-    recipe: Recipe,
-    vectors: list[Tensor],
-    statistics: Sequence[Statistic | None],
-) -> tuple[Trimmed, str, str | None]:
-    """As ``_trim``, for matrices that are stacked in one tensor."""
-    stacked = [as_blocks(vector, plan.role, plan.blocks, plan.transposed) for vector in vectors]
-    known = _known_blocks(plan, recipe, stacked, statistics)
-    missing = [task.name for task, statistic in zip(recipe.tasks, known, strict=True) if _is_empty(statistic)]
-    if missing:
-        untouched = Trimmed(vectors, [], [Effect() for _ in vectors])
-        return untouched, "keep", f"no statistics in {', '.join(missing)}"
-    _refuse_misfits(plan, recipe, stacked[0].shape[-1], known)
-    _refuse_other_blocks(plan, recipe, known)
-    trimmed = trim_blocks(stacked, known, treatment, plan.role)
-    back = [from_blocks(vector, plan.shape, plan.transposed) for vector in trimmed.task_vectors]
-    return Trimmed(back, trimmed.removed, trimmed.effects), treatment.name, None
-
-
-def _known_blocks(
-    plan: TensorPlan, recipe: Recipe, stacked: Sequence[Tensor], statistics: Sequence[Statistic | None]
-) -> list[Statistic | None]:
-    method = plan.method or recipe.method
-    if recipe.has_features or not isinstance(method, Cat):
-        return list(statistics)
-    return [
-        stack_statistics([proxy_statistic(block, method.proxy, method.proxy_rank) for block in vector])
-        for vector in stacked
-    ]
-
-
-def _refuse_other_blocks(plan: TensorPlan, recipe: Recipe, known: Sequence[Statistic | None]) -> None:
-    for task, statistic in zip(recipe.tasks, known, strict=True):
-        if statistic is not None and len(statistic.block_rows) != plan.blocks:
-            raise BadInput(
-                f"task {task.name!r}: the statistics of {plan.name!r} are about {len(statistic.block_rows) or 1} "
-                f"matrices, but {plan.blocks} are stacked there",
-                tensor=plan.name,
-            )
-
-
-def _known(
-    plan: TensorPlan, recipe: Recipe, shaped: Sequence[Tensor], statistics: Sequence[Statistic | None]
-) -> list[Statistic | None]:
-    """The statistics that the treatment needs: the tasks' own, or proxies where no task brings any."""
-    method = plan.method or recipe.method
-    if recipe.has_features or not isinstance(method, Cat):
-        return list(statistics)
-    if isinstance(plan.treatment, Projection):
-        return [proxy_statistic(vector, method.proxy, method.proxy_rank) for vector in shaped]
-    if isinstance(plan.treatment, ScaleMask):
-        return [proxy_squares(vector) for vector in shaped]
-    return list(statistics)
-
-
-def _is_empty(statistic: Statistic | None) -> bool:
-    return statistic is None or statistic.rows == 0
-
-
-def _refuse_misfits(plan: TensorPlan, recipe: Recipe, width: int, known: Sequence[Statistic | None]) -> None:
-    for task, statistic in zip(recipe.tasks, known, strict=True):
-        if statistic is not None and not isinstance(plan.treatment, ShiftMask) and statistic.width != width:
-            raise BadInput(
-                f"task {task.name!r}: the statistics of {plan.name!r} are {statistic.width} wide, but its inputs are "
-                f"{width} wide",
-                tensor=plan.name,
-            )
-        if statistic is not None and isinstance(plan.treatment, ScaleMask) and statistic.diagonal is None:
-            raise BadInput(
-                f"task {task.name!r}: the statistics of the scale {plan.name!r} must be a diagonal", tensor=plan.name
-            )
-
-
-def _removed(plan: TensorPlan, recipe: Recipe, removed: Sequence[Removed]) -> dict[str, Tensor]:
-    """What was removed on each task's behalf: ``<parameter>.basis.<task>`` [out, c] or ``.mask.<task>`` [c]."""
-    found = {}
-    for task, part in zip(recipe.tasks, removed, strict=False):
-        if part.count and part.basis is not None:
-            found[f"{plan.name}.basis.{task.name}"] = part.basis.cpu().contiguous()
-        elif part.count and part.mask is not None:
-            found[f"{plan.name}.mask.{task.name}"] = part.mask.cpu()
-    return found
-
-
-def _rows(
-    plan: TensorPlan,
-    recipe: Recipe,
-    before: Sequence[Tensor],
-    trimmed: Trimmed,
-    treatment: str,
-    reason: str | None,
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "parameter": plan.name,
-            "task": task.name,
-            "role": plan.role.value,
-            "treatment": treatment,
-            "shape": list(plan.shape),
-            "transposed": plan.transposed,
-            "reason": reason,
-            "removed": trimmed.removed[k].count if trimmed.removed else 0,
-            "scores": [float(score) for score in trimmed.removed[k].scores] if trimmed.removed else [],
-            "energy": float(before[k].double().square().sum()),
-            **_effect(trimmed.effects[k]),
-        }
-        for k, task in enumerate(recipe.tasks)
-    ]
-
-
-def _effect(effect: Effect) -> Mapping[str, float | None]:
-    return {
-        "energy_removed": effect.energy_removed,
-        "conflict_before": effect.conflict_before,
-        "conflict_after": effect.conflict_after,
-        "own_response_lost": effect.own_response_lost,
-        "large_share": effect.large_share,
-    }
