@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +22,18 @@ from service.contract.job import Artifact
 from service.contract.plan import Pinned
 from service.stores.checkpoints import read_checkpoint
 from service.stores.objects import Objects, ObjectWriter, failures
+from workers.buffers import Buffers
+from workers.low_rank import LowRankVector
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 SPAN_BYTES = 16 << 20  # one read: larger costs memory, smaller costs requests
 GAP_BYTES = 256 << 10  # reading over a gap this small is cheaper than another request
 READERS = 8
-WRITE_BEHIND_BYTES = 64 << 20  # merged tensors that wait to be written, beside the one being written
+KEEP_BYTES = 64 << 20  # of memory that was read into and is free again
+WRITE_BEHIND_BYTES = 32 << 20  # merged tensors that wait to be written, beside the one being written
+WRITE_BYTES = 1 << 20  # written and hashed one after the other, so that hashing finds them in the cache
 COPY_BYTES = 8 << 20
 
 DTYPES: dict[str, torch.dtype] = {
@@ -64,6 +72,7 @@ class TensorReader:
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
+        self._buffers = Buffers(KEEP_BYTES)
 
     def __enter__(self) -> Self:
         return self
@@ -94,20 +103,33 @@ class TensorReader:
                 raise InputChanged(f"{pin.address} changed after the job was planned; submit the merge again")
         return checkpoint
 
-    def start(self, checkpoint: Checkpoint, names: Iterable[str]) -> Reading:
-        """Begin to read tensors; ``Reading.wait`` gives them."""
+    def start(self, checkpoint: Checkpoint, names: Iterable[str], entries: slice | None = None) -> Reading:
+        """Begin to read tensors; ``Reading.wait`` gives them.
+
+        With ``entries``, which names the first and the one after the last, only those of each tensor, ``[n]``; what an
+        adapter adds to can't be read so.
+        """
         etags = {file.address: file.etag for file in (*checkpoint.files, *checkpoint.beside)}
         wanted = list(names)
-        spans = plan_spans([info for name in wanted for info in _parts(checkpoint, name)])
+        infos = [info for name in wanted for info in _parts(checkpoint, name)]
+        spans = plan_spans(infos if entries is None else [_cut(info, entries) for info in infos])
         additions = {name: change for name in wanted if isinstance(change := checkpoint.changes.get(name), LowRank)}
         return Reading([self._read_span(span, etags[span.file]) for span in spans], additions)
+
+    def start_factors(self, checkpoint: Checkpoint, names: Iterable[str]) -> FactorsReading:
+        """Begin to read what an adapter adds to tensors, without these; ``FactorsReading.wait`` gives it."""
+        etags = {file.address: file.etag for file in checkpoint.files}
+        changes = {name: change for name in names if isinstance(change := checkpoint.changes.get(name), LowRank)}
+        spans = plan_spans([info for change in changes.values() for info in (change.down, change.up)])
+        shapes = {name: checkpoint.tensors[name].shape for name in changes}
+        return FactorsReading(Reading([self._read_span(span, etags[span.file]) for span in spans]), changes, shapes)
 
     def read(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by name, in host memory, with the types the file has. Raises InputChanged, StorageFailure."""
         return self.start(checkpoint, names).wait()
 
     def _read_span(self, span: Span, etag: str) -> SpanReading:
-        buffer = torch.empty(span.end - span.start, dtype=torch.uint8)
+        buffer = self._buffers.lend(span.end - span.start)
         view = _bytes_of(buffer)
         pieces = [
             self._pool.submit(self._read_piece, span, etag, view, offset) for offset in range(0, len(view), SPAN_BYTES)
@@ -146,8 +168,27 @@ class Reading:
                 tensors[info.name] = _carve(reading.buffer, info, reading.span.start)
         for name, change in self.additions.items():
             down, up = tensors.pop(change.down.name), tensors.pop(change.up.name)
-            tensors[name] = add_low_rank(tensors[name], down, up, change)
+            tensors[name] = _added(tensors[name], down, up, change)
         return tensors
+
+
+@dataclass(frozen=True)
+class FactorsReading:
+    """Parts of an adapter that are being read."""
+
+    reading: Reading
+    changes: Mapping[str, LowRank]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def wait(self) -> dict[str, LowRankVector]:
+        """What is added to each tensor, once all of it is there. Raises what the reading raised."""
+        read = self.reading.wait()
+        return {
+            name: LowRankVector(
+                read[change.down.name], read[change.up.name], change.scale, change.transposed, self.shapes[name]
+            )
+            for name, change in self.changes.items()
+        }
 
 
 def _parts(checkpoint: Checkpoint, name: str) -> list[TensorInfo]:
@@ -158,11 +199,18 @@ def _parts(checkpoint: Checkpoint, name: str) -> list[TensorInfo]:
     return [checkpoint.tensors[name] if change is None else change]
 
 
-def add_low_rank(tensor: Tensor, down: Tensor, up: Tensor, change: LowRank) -> Tensor:
+def _cut(info: TensorInfo, entries: slice) -> TensorInfo:
+    """Some of a tensor's entries, in row order, as a tensor of its own."""
+    width = DTYPE_BYTES[info.dtype]
+    first, last = info.start + entries.start * width, info.start + entries.stop * width
+    return replace(info, shape=(entries.stop - entries.start,), start=first, end=last)
+
+
+def _added(tensor: Tensor, down: Tensor, up: Tensor, change: LowRank) -> Tensor:
     """W + scale * B A, in float32 (float64 where W is): rounded to W's own type, small additions would be lost."""
     compute = torch.promote_types(tensor.dtype, torch.float32)
-    added = change.scale * (up.to(compute).flatten(1) @ down.to(compute).flatten(1))
-    return tensor.to(compute) + (added.T if change.transposed else added).reshape(tensor.shape)
+    vector = LowRankVector(down, up, change.scale, change.transposed, tuple(tensor.shape))
+    return vector.dense(compute).add_(tensor)
 
 
 def plan_spans(tensors: Sequence[TensorInfo]) -> list[Span]:
@@ -203,6 +251,7 @@ class TensorWriter:
         self._sha256 = hashlib.sha256()
         self._size = 0
         self._behind = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._entries = 0  # of the tensor that comes first in what is expected
         self._pending: deque[tuple[Future[None], int]] = deque()
         self._pending_bytes = 0
         self._send(memoryview(write_header([(name, dtype, shape) for name, (dtype, shape) in self._expected])))
@@ -221,12 +270,22 @@ class TensorWriter:
 
         The tensor must not be changed afterwards. Raises what writing an earlier one raised.
         """
-        if not self._expected:
-            raise WorkerError(f"{self._name}: one tensor too many: {name!r}", tensor=name)
-        expected, (dtype, shape) = self._expected.popleft()
-        if (name, NAMES[tensor.dtype], tuple(tensor.shape)) != (expected, dtype, tuple(shape)):
-            raise WorkerError(f"{self._name}: {name!r} where {expected!r}, {dtype}, {shape} was to come", tensor=name)
+        dtype, shape = self._next(name)
+        if self._entries or (NAMES[tensor.dtype], tuple(tensor.shape)) != (dtype, shape):
+            raise WorkerError(f"{self._name}: {name!r} is not {dtype}, {shape}, as its header says", tensor=name)
+        self._expected.popleft()
         self._send(as_bytes(tensor))
+
+    def add_entries(self, name: str, entries: Tensor) -> None:
+        """Take the next entries of a tensor, in row order. As ``add`` otherwise."""
+        dtype, shape = self._next(name)
+        self._entries += entries.numel()
+        if NAMES[entries.dtype] != dtype or self._entries > math.prod(shape):
+            raise WorkerError(f"{self._name}: entries of {name!r} are not {dtype}, or more than {shape}", tensor=name)
+        if self._entries == math.prod(shape):
+            self._expected.popleft()
+            self._entries = 0
+        self._send(as_bytes(entries))
 
     def commit(self) -> Artifact:
         """Make the file visible, whole. Raises WorkerError where tensors are missing, StorageFailure."""
@@ -243,6 +302,15 @@ class TensorWriter:
             sha256=self._sha256.hexdigest(),
         )
 
+    def _next(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Type and shape of the tensor that comes next, which must be this one."""
+        if not self._expected:
+            raise WorkerError(f"{self._name}: one tensor too many: {name!r}", tensor=name)
+        expected, (dtype, shape) = self._expected[0]
+        if name != expected:
+            raise WorkerError(f"{self._name}: {name!r} where {expected!r}, {dtype}, {shape} was to come", tensor=name)
+        return dtype, tuple(shape)
+
     def _send(self, data: memoryview) -> None:
         self._wait(leave_bytes=WRITE_BEHIND_BYTES)
         self._pending.append((self._behind.submit(self._write, data), len(data)))
@@ -255,9 +323,11 @@ class TensorWriter:
             self._pending_bytes -= size
 
     def _write(self, data: memoryview) -> None:
-        with failures():
-            self._writer.write(data)
-        self._sha256.update(data)
+        for first in range(0, len(data), WRITE_BYTES):
+            piece = data[first : first + WRITE_BYTES]
+            with failures():
+                self._writer.write(piece)
+            self._sha256.update(piece)
         self._size += len(data)
 
 
@@ -313,3 +383,25 @@ def batches(tensors: Sequence[tuple[str, int]], limit_bytes: int) -> Iterator[li
         held += size
     if group:
         yield group
+
+
+def read_ahead(
+    items: Sequence[T], start: Callable[[T], R], size: Callable[[T], int], limit_bytes: int
+) -> Iterator[tuple[T, R]]:
+    """Items in order with what ``start`` returned for each, which was called as far ahead as ``limit_bytes`` allow.
+
+    What is ahead of the item that the caller has does not exceed the limit; an item that is larger by itself is
+    started when it is its turn. So the memory in use is at most the largest item's and the limit.
+    """
+    waiting, ahead, held = deque(items), deque[tuple[T, R]](), 0
+    while ahead or waiting:
+        if ahead:
+            turn = ahead.popleft()
+            held -= size(turn[0])
+        else:
+            turn = (waiting[0], start(waiting.popleft()))
+        while waiting and held + size(waiting[0]) <= limit_bytes:
+            held += size(waiting[0])
+            ahead.append((waiting[0], start(waiting.popleft())))
+        yield turn
+        del turn  # or it would be held until the next one is there

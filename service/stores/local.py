@@ -7,6 +7,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from service.stores.base import AccessDenied, ObjectChanged, ObjectInfo, ObjectM
 
 STAGING = ".catmerge-staging-"  # objects being written, beside their place so that renaming is atomic; never listed
 BUFFER_BYTES = 1 << 20
+FLUSH_BYTES = 32 << 20  # written between two requests to bring what there is to the disk
 STAGING_ATTEMPTS = 20
 
 
@@ -116,12 +118,18 @@ class LocalStore:
 
 
 class LocalWriter:
-    """A file being written under a hidden name beside its place; the commit renames it."""
+    """A file being written under a hidden name beside its place; the commit renames it.
+
+    A thread brings it to the disk all along, so that the commit, which waits for the disk, has little left to wait for.
+    """
 
     def __init__(self, address: str, path: Path) -> None:
         self._address = address
         self._path = path
         self._staging, self._file = _stage(path.parent)
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="flush")  # no thread until used
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0
 
     def __enter__(self) -> Self:
         return self
@@ -134,10 +142,15 @@ class LocalWriter:
     def write(self, data: bytes | bytearray | memoryview) -> None:
         with _write_errors(self._address):
             self._file.write(data)
+            self._unflushed += memoryview(data).nbytes
+            if self._unflushed >= FLUSH_BYTES and (self._flushing is None or self._flushing.done()):
+                self._flush()
 
     def commit(self) -> ObjectInfo:
         with _write_errors(self._address):
             self._file.flush()
+            self._wait_for_flush()
+            self._flusher.shutdown()
             os.fsync(self._file.fileno())
             found = os.fstat(self._file.fileno())
             self._staging.replace(self._path)
@@ -148,9 +161,20 @@ class LocalWriter:
     def abort(self) -> None:
         """Drop what was written; after a commit this does nothing."""
         if not self._file.closed:
+            self._flusher.shutdown()  # waits: it must not meet another file under the same number
             self._staging.unlink(missing_ok=True)
             with suppress(OSError):  # closing writes what is buffered, and a full disk complains
                 self._file.close()
+
+    def _flush(self) -> None:
+        self._wait_for_flush()
+        self._flushing = self._flusher.submit(os.fsync, self._file.fileno())
+        self._unflushed = 0
+
+    def _wait_for_flush(self) -> None:
+        """Raises what the disk said: it says so once only, so that the commit alone would not hear of it."""
+        if self._flushing is not None:
+            self._flushing.result()
 
 
 def _stage(folder: Path) -> tuple[Path, BinaryIO]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -161,7 +162,9 @@ class S3Writer:
         self._address = address
         self._bucket, self._key = _bucket_and_key(address)
         self._media_type = media_type
-        self._buffer = bytearray()
+        self._part = bytearray()  # being filled: the first grows with what comes, later ones have their size at once
+        self._filled = 0
+        self._spare: deque[bytearray] = deque()  # of parts that were sent: fresh memory would have to be touched first
         self._size = 0
         self._upload: str | None = None
         self._etags: list[Future[str]] = []
@@ -180,11 +183,20 @@ class S3Writer:
         view = memoryview(data).cast("B")
         self._size += len(view)
         while view:
-            room = part_bytes(len(self._etags)) - len(self._buffer)
-            self._buffer += view[:room]
+            room = part_bytes(len(self._etags)) - self._filled
+            self._fill(view[:room])
             view = view[room:]
-            if len(self._buffer) == part_bytes(len(self._etags)):
+            if self._filled == part_bytes(len(self._etags)):
                 self._send_part()
+
+    def _fill(self, data: memoryview) -> None:
+        if self._etags and not self._filled:
+            self._part = self._next_part(part_bytes(len(self._etags)))
+        if self._filled == len(self._part):
+            self._part += data
+        else:
+            memoryview(self._part)[self._filled : self._filled + len(data)] = data
+        self._filled += len(data)
 
     def commit(self) -> ObjectInfo:
         with _errors(self._address):
@@ -211,7 +223,7 @@ class S3Writer:
             log.warning("parts of %s stay behind until the bucket's lifecycle rule: %s", self._address, error)
 
     def _put(self) -> None:
-        body: Any = self._buffer  # the stubs do not know that boto3 takes a bytearray
+        body: Any = self._part  # the stubs do not know that boto3 takes a bytearray
         self._client.put_object(Bucket=self._bucket, Key=self._key, Body=body, ContentType=self._media_type)
 
     def _send_part(self) -> None:
@@ -219,8 +231,17 @@ class S3Writer:
             upload = self._upload or self._begin()
             if len(self._etags) >= UPLOADS_AT_ONCE:
                 self._etags[-UPLOADS_AT_ONCE].result()
-            self._etags.append(self._senders.submit(self._upload_part, upload, len(self._etags) + 1, self._buffer))
-            self._buffer = bytearray()
+            del self._part[self._filled :]
+            self._etags.append(self._senders.submit(self._upload_part, upload, len(self._etags) + 1, self._part))
+            self._part, self._filled = bytearray(), 0
+
+    def _next_part(self, size: int) -> bytearray:
+        """Memory for a part: that of one that has been sent, if there is one of this size."""
+        while self._spare:
+            part = self._spare.popleft()
+            if len(part) == size:
+                return part
+        return bytearray(size)
 
     def _begin(self) -> str:
         answer = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key, ContentType=self._media_type)
@@ -231,10 +252,11 @@ class S3Writer:
         answer = self._client.upload_part(
             Bucket=self._bucket, Key=self._key, UploadId=upload, PartNumber=number, Body=part
         )
+        self._spare.append(part)
         return answer["ETag"]
 
     def _complete(self, upload: str) -> None:
-        if self._buffer:
+        if self._filled:
             self._send_part()
         parts = [{"PartNumber": number, "ETag": etag.result()} for number, etag in enumerate(self._etags, 1)]
         self._client.complete_multipart_upload(

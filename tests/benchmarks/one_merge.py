@@ -3,8 +3,10 @@
     python tests/benchmarks/one_merge.py \
         '{"base": "/models/base", "tasks": ["/models/a"], "method": {"name": "ties"}, "out": "/tmp/merged"}'
 
-The result lies in ``out/objects/result``. With ``"profile": 20``, twenty rows of each stage's profile come first. The
-last line gives seconds and processor seconds (those of all threads together) by stage.
+The result lies in ``out/objects/result``. Models may be addresses, with the variables of their store in
+``environment``; then the result lies at ``s3://objects/result/``. With ``"profile": 20``, twenty rows of each stage's
+profile come first. With ``"keep": false`` each merged shard is deleted before the next is begun. The last line gives
+seconds and processor seconds (those of all threads together) by stage.
 """
 
 from __future__ import annotations
@@ -46,12 +48,19 @@ def run_stages(asked: Mapping[str, Any]) -> dict[str, Any]:
         start, start_processor = time.perf_counter(), time.process_time()
         if asked.get("profile"):
             profile.enable()
-        done = [RUN[stage](_work(asked, recipe, device, stage, part, outputs)) for part in range(parts)]
+        done = [one(_work(asked, recipe, device, stage, part, outputs)) for part in range(parts)]
         seconds[stage.value] = time.perf_counter() - start
         processor[stage.value] = time.process_time() - start_processor
         if asked.get("profile"):
             profile.disable()
             pstats.Stats(profile).sort_stats("tottime").print_stats(asked["profile"])
+        return done
+
+    def one(work: Work) -> Done:
+        done = RUN[work.claim.stage](work)
+        if work.claim.stage is Stage.MERGE and not asked.get("keep", True):
+            for file in done.output["files"]:
+                work.objects.delete(PREFIX + file["name"])
         return done
 
     planned = timed(Stage.PLAN, 1)[0].parts
@@ -70,6 +79,8 @@ def recipe_of(asked: Mapping[str, Any]) -> Recipe:
 
 
 def _address(path: str) -> str:
+    if "://" in path:
+        return path
     return f"file://{path}" if path.endswith(".safetensors") else f"file://{path}/"
 
 
@@ -81,17 +92,22 @@ def _work(
     part: int,
     outputs: Mapping[Stage, list[dict[str, Any]]],
 ) -> Work:
-    roots = ",".join(sorted({str(Path(path).parent) for path in (asked["base"], *asked["tasks"])}))
-    environ = {"CATMERGE_OBJECT_STORE": f"file://{asked['out']}", "CATMERGE_FILE_ROOTS": roots}
     return Work(
         claim=Claim("benchmark", stage, part, stage.value, "token", 1, recipe, PREFIX),
-        objects=open_objects(Connections.from_environment(environ)),
+        objects=open_objects(Connections.from_environment(_environment(asked))),
         watch=Watch(lambda: True),
         workspace="s3://workspace/",
         device=device,
         outputs=lambda of: outputs.get(of, []),
         so_far=lambda: SoFar(0.0, 0.0, 0.0, 0, 0),
     )
+
+
+def _environment(asked: Mapping[str, Any]) -> dict[str, str]:
+    if "environment" in asked:
+        return dict(asked["environment"])
+    roots = ",".join(sorted({str(Path(path).parent) for path in (asked["base"], *asked["tasks"])}))
+    return {"CATMERGE_OBJECT_STORE": f"file://{asked['out']}", "CATMERGE_FILE_ROOTS": roots}
 
 
 if __name__ == "__main__":

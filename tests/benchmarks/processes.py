@@ -71,15 +71,22 @@ def environment() -> dict[str, str]:
 
 
 def merge_folders(
-    base: Path, tasks: Sequence[Path], method: Mapping[str, Any], out: Path, shard_bytes: int = 10**12
+    base: Path,
+    tasks: Sequence[Path],
+    method: Mapping[str, Any],
+    out: Path,
+    shard_bytes: int = 10**12,
+    *,
+    keep: bool = True,
 ) -> tuple[Measured, Stages]:
-    """Plan, calibrate and merge checkpoints in a process of their own."""
+    """Plan, calibrate and merge checkpoints in a process of their own; merged shards are deleted unless kept."""
     asked = {
         "base": str(base),
         "tasks": [str(task) for task in tasks],
         "method": method,
         "out": str(out),
         "shard_bytes": shard_bytes,
+        "keep": keep,
     }
     run = measure([sys.executable, ONE_MERGE, json.dumps(asked)], environment())
     return run, Stages(**json.loads(run.output.splitlines()[-1]))

@@ -29,6 +29,7 @@ class Run:
     recipe: Recipe
     calibration_bytes: int | None = None
     done: dict[Stage, list[Done]] = field(default_factory=dict)
+    bytes_read: dict[Stage, int] = field(default_factory=dict)
 
     def go(self) -> None:
         """Everything up to the merged weights."""
@@ -37,6 +38,13 @@ class Run:
             for part in asked:
                 if part.stage is stage:
                     self._do(stage, part.part)
+
+    def finish(self) -> Done:
+        """All stages, and what the last one leaves."""
+        last = Done()
+        for part in self._do(Stage.PLAN, 0).parts:
+            last = self._do(part.stage, part.part)
+        return last
 
     def warnings(self, stage: Stage) -> list[str]:
         return [warning for done in self.done.get(stage, []) for warning in done.warnings]
@@ -60,10 +68,11 @@ class Run:
     def _do(self, stage: Stage, part: int) -> Done:
         place = f"file://{self.folder}/"
         claim = Claim("job", stage, part, stage.value, "token", 1, self.recipe, f"{place}result/")
+        watch = Watch(lambda: True)
         work = Work(
             claim=claim,
             objects=Objects({"file": LocalStore(roots=(self.folder,))}, buckets=None, workspace=f"{place}workspace/"),
-            watch=Watch(lambda: True),
+            watch=watch,
             workspace=f"{place}workspace/",
             device="cpu",
             outputs=lambda wanted: [dict(done.output) for done in self.done.get(wanted, [])],
@@ -71,6 +80,7 @@ class Run:
             calibration_bytes=self.calibration_bytes,
         )
         self.done.setdefault(stage, []).append(RUN[stage](work))
+        self.bytes_read[stage] = self.bytes_read.get(stage, 0) + watch.counters.bytes_read
         return self.done[stage][-1]
 
 

@@ -14,13 +14,15 @@ from torch import Tensor
 from service.admission import admit
 from service.contract.adapter import on_base
 from service.contract.checkpoint import MalformedHeader
-from service.contract.errors import BadInput, Refusal
+from service.contract.errors import BadInput, BadTensor, Refusal
 from service.contract.recipe import Recipe
+from service.contract.stages import Stage
 from service.stores.checkpoints import read_checkpoint
 from service.stores.local import LocalStore
 from service.stores.objects import Objects
 from tests.workers.stage_runs import Run
 from tests.workers.tiny_models import TEXT, build, configuration, tokens
+from workers.low_rank import LowRankVector, summed
 from workers.tensors import TensorReader
 
 RANK = 3
@@ -195,7 +197,7 @@ def test_an_adapter_is_no_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [None, 36_000])
-@pytest.mark.parametrize("method", ["task_arithmetic", "cat"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "average", "ties", "tsv_m", "cat"])
 def test_adapters_merge_as_the_whole_checkpoints_they_stand_for(method: str, limit: int | None, tmp_path: Path) -> None:
     base = write_base(tmp_path)
     for seed, task in ((1, "one"), (2, "two")):
@@ -210,7 +212,7 @@ def test_adapters_merge_as_the_whole_checkpoints_they_stand_for(method: str, lim
     merged = []
     for tasks in (["one", "two"], ["whole-one", "whole-two"]):
         asked = recipe(tmp_path, tasks, output={"overwrite": True})
-        asked["method"] = {**asked["method"], "name": method} if method == "cat" else {"name": method, "scaling": 0.5}
+        asked["method"] = asked["method"] if method == "cat" else {"name": method}
         assert admit(Recipe.model_validate(asked), objects(tmp_path)).warnings == ()
         run = Run(tmp_path, Recipe.model_validate(asked), limit)
         run.go()
@@ -219,3 +221,37 @@ def test_adapters_merge_as_the_whole_checkpoints_they_stand_for(method: str, lim
     assert not merged[0][f"{QUERY}.weight"].equal(base[f"{QUERY}.weight"])
     for name, tensor in merged[0].items():
         torch.testing.assert_close(tensor, merged[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sum_of_adapters_reads_the_base_once_and_of_each_adapter_its_own(tmp_path: Path) -> None:
+    write_base(tmp_path)
+    for seed, task in ((1, "one"), (2, "two")):
+        write_adapter(tmp_path / task, parts(10 * seed))
+    asked = recipe(tmp_path, ["one", "two"], method={"name": "task_arithmetic"})
+    run = Run(tmp_path, Recipe.model_validate(asked))
+    run.go()
+    adapters = sum(tensor.nbytes for task in (1, 2) for tensor in parts(10 * task).values())
+    floats = sum(tensor.nbytes for tensor in run.merged().values())
+    assert run.bytes_read[Stage.MERGE] == floats + adapters
+
+
+def test_adapters_sum_in_one_product_as_one_by_one_in_double_precision() -> None:
+    vectors = [
+        LowRankVector(drawn(seed, RANK, 5).double(), drawn(seed + 9, 7, RANK).double(), seed / 3, True, (5, 7))
+        for seed in (1, 2, 3)
+    ]
+    expected = sum(f * v.scale * (v.up @ v.down).T for f, v in zip((0.5, 2.0, -1.0), vectors, strict=True))
+    torch.testing.assert_close(summed(vectors, (0.5, 2.0, -1.0), torch.float64), expected, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize(("spoiled", "said"), [("lora_B", "task 'two' holds NaN"), ("huge", "does not fit into F16")])
+def test_what_an_adapter_makes_infinite_is_named(spoiled: str, said: str, tmp_path: Path) -> None:
+    write_base(tmp_path, torch.float16)
+    write_adapter(tmp_path / "one", parts(1))
+    tensors = parts(2)
+    name = f"base_model.model.{QUERY}.lora_B.weight"
+    tensors[name] = torch.full_like(tensors[name], torch.nan if spoiled == "lora_B" else 1e7)
+    write_adapter(tmp_path / "two", tensors)
+    asked = recipe(tmp_path, ["one", "two"], method={"name": "task_arithmetic"})
+    with pytest.raises(BadTensor, match=said):
+        Run(tmp_path, Recipe.model_validate(asked)).go()

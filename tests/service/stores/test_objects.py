@@ -19,7 +19,7 @@ import pytest
 from service.contract import errors
 from service.contract.checkpoint import MalformedHeader
 from service.contract.settings import Connections
-from service.stores import s3
+from service.stores import local, s3
 from service.stores.local import LocalStore
 from service.stores.objects import (
     AccessDenied,
@@ -218,6 +218,34 @@ def test_a_large_object_goes_in_parts(shop: Shop, monkeypatch: pytest.MonkeyPatc
         length = min(1 << 20, info.size - start)
         doubled = pattern + pattern
         assert _read(shop.objects, address, start, length, info.etag) == doubled[start % (1 << 20) :][:length]
+
+
+def test_a_large_object_is_what_was_written_whatever_the_pieces(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of parts is used again, and a folder's file goes to the disk meanwhile: no byte may be another's."""
+    monkeypatch.setattr(s3, "FIRST_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(local, "FLUSH_BYTES", 3 << 20)
+    data = memoryview(os.urandom(38 << 20))
+    with shop.objects.write(shop.root + "large") as writer:
+        for start in range(0, len(data), 1_234_567):
+            piece = bytearray(data[start : start + 1_234_567])
+            writer.write(piece)
+            piece[:] = bytes(len(piece))  # the writer may not look at it any more
+        info = writer.commit()
+    found = b"".join(
+        _read(shop.objects, info.address, start, min(4 << 20, info.size - start), info.etag)
+        for start in range(0, info.size, 4 << 20)
+    )
+    assert found == data
+
+
+def test_writes_abandoned_while_they_are_flushed_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "FLUSH_BYTES", 1 << 10)
+    store = LocalStore(roots=(tmp_path,))
+    for _ in range(20):
+        with store.write(f"file://{tmp_path}/a") as writer:
+            writer.write(bytes(5 << 20))
+    assert list(tmp_path.iterdir()) == []
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("flush")]
 
 
 def test_an_abandoned_large_write_leaves_nothing(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,85 @@
+"""A shard's bytes are the same whatever is read at once, and however much is read ahead."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from service.contract.errors import BadTensor
+from service.contract.recipe import Recipe
+from service.contract.stages import Stage
+from tests.workers.stage_runs import Run
+from workers import tensors
+
+merge = import_module("workers.stages.merge")  # workers.stages has a function of this name
+SIZES = {"embedding": (3000, 100), "scale": (100,), "tiny": (3,), "head": (700, 301), "last": (64, 64)}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> dict[str, Any]:
+    """A base with a counter, and three tasks."""
+    generator = torch.Generator().manual_seed(5)
+    base = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SIZES.items()}
+    counter = torch.arange(90_000)
+    save(tmp_path / "base.safetensors", {**base, "counter": counter})
+    for task in "abc":
+        moved = {name: t + 0.1 * torch.randn(t.shape, generator=generator).bfloat16() for name, t in base.items()}
+        save(tmp_path / f"{task}.safetensors", {**moved, "counter": counter})
+    rows = [{"name": task, "checkpoint": f"file://{tmp_path}/{task}.safetensors"} for task in "abc"]
+    return {
+        "base": f"file://{tmp_path}/base.safetensors",
+        "tasks": rows,
+        "output": {"prefix": f"file://{tmp_path}/result/", "overwrite": True},
+    }
+
+
+def save(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+def merged(folder: Path, recipe: dict[str, Any], method: dict[str, Any]) -> tuple[bytes, Run]:
+    run = Run(folder, Recipe.model_validate({**recipe, "method": method}))
+    run.go()
+    return (folder / "result" / "model.safetensors").read_bytes(), run
+
+
+METHODS = [
+    {"name": "task_arithmetic"},
+    {"name": "average"},
+    {"name": "dare", "density": 0.3},
+    {"name": "ties", "density": 0.3},
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method["name"])
+def test_the_same_bytes_in_parts(
+    recipe: dict[str, Any], tmp_path: Path, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = merged(tmp_path, recipe, method)
+    monkeypatch.setattr(merge, "GROUP_BYTES", 200_000)
+    monkeypatch.setattr(merge, "READ_AHEAD_BYTES", 500_000)
+    monkeypatch.setattr(merge, "ALIGNED", 64)
+    monkeypatch.setattr(tensors, "SPAN_BYTES", 30_000)
+    parts, run = merged(tmp_path, recipe, method)
+    assert parts == whole
+    assert len(run.done[Stage.MERGE]) == 1
+
+
+def test_a_bad_entry_in_the_last_part_names_the_tensor(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "GROUP_BYTES", 100_000)
+    monkeypatch.setattr(merge, "ALIGNED", 64)
+    bad = {name: torch.zeros(shape).bfloat16() for name, shape in SIZES.items()}
+    bad["embedding"][-1, -1] = torch.inf
+    save(tmp_path / "b.safetensors", {**bad, "counter": torch.arange(90_000)})
+    with pytest.raises(BadTensor, match="'embedding'") as raised:
+        merged(tmp_path, recipe, {"name": "task_arithmetic"})
+    assert "'b'" in str(raised.value)
+    assert not list((tmp_path / "result").rglob("model.safetensors"))
