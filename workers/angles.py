@@ -1,4 +1,4 @@
-"""Inner products of checkpoints or task vectors, summed in float64 and block by block."""
+"""Inner products of checkpoints or task vectors, summed in float64 and piece by piece."""
 
 from __future__ import annotations
 
@@ -7,22 +7,43 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 1 << 16  # entries that are summed at once: for all tasks together they stay in the cache
+from workers.context import Context
+from workers.pieces import Pieces
+
+CPU_BLOCK = 1 << 14  # entries that are summed at once: in float64 they stay in the cache for a few tasks
 GPU_BLOCK = 1 << 20
 
 
-def inner_products(vectors: Sequence[Tensor], base: Tensor | None = None) -> Tensor:
-    """The Gram matrix ``[K, K]`` of K tensors of one shape, flattened; of base + tensor each, where there is a base.
+def inner_products(pieces: Pieces, *, of_checkpoints: bool = False, and_base: bool = False) -> Tensor:
+    """The Gram matrix ``[K, K]`` of K task vectors, or of the base plus each of them: the checkpoints themselves.
 
-    In float64 and in host memory.
+    With ``and_base`` the base is the first of these checkpoints, and there is one more of them.
+
+    In float64 and in host memory. Sums of pieces are added in their order, whoever made them.
     """
-    flat = [vector.reshape(-1) for vector in vectors]
-    start = None if base is None else base.reshape(-1)
-    total = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat[0].device)
-    block = CPU_BLOCK if total.device.type == "cpu" else GPU_BLOCK
-    for first in range(0, flat[0].numel(), block):
-        rows = torch.stack([vector[first : first + block].double() for vector in flat])
-        if start is not None:
-            rows += start[first : first + block].double()
+
+    def products(task_vectors: Sequence[Tensor], context: Context) -> Tensor:
+        vectors = [torch.zeros_like(context.base), *task_vectors] if and_base else task_vectors
+        return _products(vectors, context.base if of_checkpoints else None)
+
+    first, *others = pieces.map(products)
+    for part in others:
+        first += part
+    return first
+
+
+def _products(vectors: Sequence[Tensor], base: Tensor | None) -> Tensor:
+    vectors, base = [vector.reshape(-1) for vector in vectors], None if base is None else base.reshape(-1)
+    count = len(vectors[0])
+    block = CPU_BLOCK if vectors[0].device.type == "cpu" else GPU_BLOCK
+    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors[0].device)
+    room = torch.empty(len(vectors), min(block, count), dtype=torch.float64, device=total.device)
+    for first in range(0, count, block):
+        part = slice(first, first + block)
+        rows = room[:, : len(vectors[0][part])]
+        for row, vector in zip(rows, vectors, strict=True):
+            row.copy_(vector[part])
+            if base is not None:
+                row.add_(base[part])
         total.addmm_(rows, rows.T)
     return total.cpu()

@@ -8,13 +8,43 @@ import torch
 from torch import Tensor
 
 from service.contract.methods import Combine
+from workers.context import Context
+from workers.pieces import Pieces, Work
 
-CHUNK = 1 << 16  # entries
+Thin = Work[Sequence[Tensor]]
 
 
-def combine(task_vectors: Sequence[Tensor], weights: Sequence[float], how: Combine) -> Tensor:
-    """The weighted sum (``linear``), or the weighted mean of entries that agree with an elected sign (``ties``)."""
-    return agreed_mean(task_vectors, weights) if how == "ties" else weighted_sum(task_vectors, weights)
+def combine(
+    task_vectors: Sequence[Tensor],
+    weights: Sequence[float],
+    how: Combine,
+    *,
+    scaling: float = 1.0,
+    factors: Sequence[float] | None = None,
+) -> Tensor:
+    """The weighted sum (``linear``), or the weighted mean of entries that agree with an elected sign (``ties``).
+
+    Task vectors count as if they had been multiplied by ``factors``, the result by ``scaling``. Any shape.
+    """
+    if how == "linear":
+        known = weights if factors is None else [w * f for w, f in zip(weights, factors, strict=True)]
+        return weighted_sum(task_vectors, known, scaling)
+    return agreed_mean(task_vectors, weights, factors=factors, scaling=scaling)
+
+
+def l1_ratios(pieces: Pieces, thin: Thin) -> list[float]:
+    """By what each task vector's L1 norm exceeds that of what ``thin`` leaves of it; 0 where nothing is left."""
+
+    def norms(task_vectors: list[Tensor], context: Context) -> list[tuple[float, float]]:
+        pairs = zip(task_vectors, thin(task_vectors, context), strict=True)
+        return [(_l1(before), _l1(after)) for before, after in pairs]
+
+    sums = [[sum(side) for side in zip(*parts, strict=True)] for parts in zip(*pieces.map(norms), strict=True)]
+    return [before / after if after else 0.0 for before, after in sums]
+
+
+def _l1(vector: Tensor) -> float:
+    return float(vector.abs().sum(dtype=torch.float64))
 
 
 def weighted_sum(task_vectors: Sequence[Tensor], weights: Sequence[float], scaling: float = 1.0) -> Tensor:
@@ -31,29 +61,27 @@ def weighted_mean(task_vectors: Sequence[Tensor], weights: Sequence[float], scal
 
 
 def agreed_mean(
-    task_vectors: Sequence[Tensor], weights: Sequence[float], votes: Sequence[float] | None = None
+    task_vectors: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    votes: Sequence[float] | None = None,
+    factors: Sequence[float] | None = None,
+    scaling: float = 1.0,
 ) -> Tensor:
     """Per entry, the weighted mean over the tasks that are not zero there and have the elected sign. Any shape.
 
     The sign of an entry is that of the sum weighted with ``votes``, or else with ``weights``; where the tasks cancel
     exactly, none is elected and the entry is 0: the election and disjoint mean of TIES-Merging (arXiv:2306.01708).
+    ``factors`` and ``scaling`` are as in ``combine``.
     """
-    flat = [task_vector.reshape(-1) for task_vector in task_vectors]
-    merged = torch.empty_like(flat[0])
-    # What fits into the cache is read from memory once; a GPU is slowed down by small pieces.
-    size = CHUNK if merged.device.type == "cpu" else max(1, merged.numel())
-    for first in range(0, merged.numel(), size):
-        part = slice(first, first + size)
-        merged[part] = _agreed([vector[part] for vector in flat], weights, weights if votes is None else votes)
-    return merged.view(task_vectors[0].shape)
-
-
-def _agreed(parts: Sequence[Tensor], weights: Sequence[float], votes: Sequence[float]) -> Tensor:
-    elected = weighted_sum(parts, votes).sign_()
+    sizes = weights if factors is None else [w * f for w, f in zip(weights, factors, strict=True)]
+    elected = weighted_sum(task_vectors, sizes if votes is None else votes).sign_()
     total, weight_there = torch.zeros_like(elected), torch.zeros_like(elected)
-    for part, weight in zip(parts, weights, strict=True):
-        agreeing = (part * elected).clamp_min_(0)  # the magnitude, or 0 where the sign is another
-        total.add_(agreeing, alpha=weight)
+    agreeing = torch.empty_like(elected)
+    for task_vector, size, weight in zip(task_vectors, sizes, weights, strict=True):
+        torch.mul(task_vector, elected, out=agreeing).clamp_min_(0)  # the magnitude, or 0 where the sign is another
+        total.add_(agreeing, alpha=size)
         weight_there.add_(agreeing.sign_(), alpha=weight)
     # Where no task agrees the total is 0, and any divisor will do; this takes a fraction of what masking takes.
-    return total.div_(weight_there.clamp_min_(torch.finfo(total.dtype).tiny)).mul_(elected)
+    merged = total.div_(weight_there.clamp_min_(torch.finfo(total.dtype).tiny)).mul_(elected)
+    return merged if scaling == 1.0 else merged.mul_(scaling)

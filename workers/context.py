@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -24,7 +25,8 @@ class Context:
     ``tasks`` are the names of the tasks in order; ``statistics`` and ``cuts`` come in that order too. ``cuts`` are the
     places where each task's largest entries end, one for each share that ``Method.surveys`` asks for, counted over
     the whole task vector. ``blocks`` counts the matrices that are stacked in the parameter.
-    ``first`` is where the task vectors begin if they are but a piece ``[n]`` of the parameter's entries in a row.
+    ``first`` counts the entries before those of a piece, if the task vectors are but that: ``[n]`` of the parameter's
+    entries in a row, or whole rows ``[m, n]`` of its matrices. ``facts`` are what the method's own ``look`` found.
     """
 
     parameter: str
@@ -37,6 +39,7 @@ class Context:
     cuts: Sequence[Sequence[Cut]] = ()
     blocks: int = 1
     first: int = 0
+    facts: Any = None
 
     def of(self, chosen: Sequence[int]) -> Context:
         """The same parameter with some of the tasks only."""

@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Iterator
 
 import numpy as np
-import torch
-from torch import Tensor
 
 BLOCK = 1 << 20
 DRAWS_AT_ONCE = 16  # are cut from what the generator gives for one counter: four numbers of 64 bits
+ALL_BITS = (1 << 64) - 1
 STEPS = 1 << 16  # a draw is one of so many equally likely numbers
 
 
@@ -28,9 +27,11 @@ def draws(count: int, seed: int, parameter: str, task: str, first: int = 0) -> I
         block, offset = divmod(first + done, BLOCK)
         counter, unused = divmod(offset, DRAWS_AT_ONCE)
         size = min(BLOCK - offset, count - done)
-        generator = np.random.Philox(key=int.from_bytes(key, "little"), counter=[counter, 0, 0, block])
-        words = generator.random_raw(-(-(unused + size) // 4)).astype("<u8", copy=False)
-        yield slice(done, done + size), words.view("<u2")[unused : unused + size]
+        philox = np.random.Philox(key=int.from_bytes(key, "little"), counter=[counter, 0, 0, block])
+        # The generator's own numbers of 64 bits; asked for like this, other threads run on meanwhile.
+        wanted = -(-(unused + size) // 4)
+        words = np.random.Generator(philox).integers(ALL_BITS, size=wanted, dtype=np.uint64, endpoint=True)
+        yield slice(done, done + size), words.astype("<u8", copy=False).view("<u2")[unused : unused + size]
         done += size
 
 
@@ -39,8 +40,8 @@ def steps_of(chance: float) -> int:
     return min(STEPS, max(1, round(chance * STEPS)))
 
 
-def drawn_mask(count: int, chance: float, seed: int, parameter: str, task: str, first: int = 0) -> Tensor:
-    """Booleans ``[count]``, in host memory, each true with ``chance``, rounded to a multiple of 1 / STEPS.
+def drawn_mask(count: int, chance: float, seed: int, parameter: str, task: str, first: int = 0) -> np.ndarray:
+    """Booleans ``[count]``, each true with ``chance``, rounded to a multiple of 1 / STEPS.
 
     ``first`` is as in ``draws``.
     """
@@ -48,4 +49,4 @@ def drawn_mask(count: int, chance: float, seed: int, parameter: str, task: str, 
     limit = steps_of(chance)
     for place, drawn in draws(count, seed, parameter, task, first):
         np.less(drawn, limit, out=mask[place])
-    return torch.from_numpy(mask)
+    return mask

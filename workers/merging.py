@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from service.contract.errors import BadTensor
 from service.contract.plan import TensorPlan
-from service.contract.recipe import Recipe
+from service.contract.recipe import Recipe, Task
+from workers.low_rank import LowRankVector, summed
 from workers.magnitudes import Cut
-from workers.methods import Context, merge
+from workers.methods import Context, heard_of, merge, merge_pieces, pieces_of
+from workers.pieces import ENTRIES
 from workers.statistics import Statistic
 from workers.tensors import DTYPES
 from workers.trimming import log_rows, removed_by_name, trim_parameter
-
-CHUNK = 1 << 17  # entries that are merged at once: half a megabyte of each operand, which stay in the cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,111 +36,154 @@ def merge_tensor(
     plan: TensorPlan,
     recipe: Recipe,
     base: Tensor,
-    experts: Sequence[Tensor],
+    experts: Sequence[Tensor | LowRankVector],
     statistics: Sequence[Statistic | None],
     device: str,
     cuts: Sequence[Sequence[Cut]] = (),
+    first: int = 0,
 ) -> Merged:
     """W0 + the method's update of the trimmed task vectors, in float32 (float64 where the base is), rounded once.
 
     ``experts``, ``statistics`` and ``cuts`` come in the recipe's order of tasks; ``cuts`` are what a survey found for
-    this tensor, where the method asks for one.
+    this tensor, where the method asks for one. The task vector that an adapter holds may stand for an expert. Where the
+    method ``is_entrywise``, ``base`` and ``experts`` may hold some of the entries only, ``[n]``, with ``first`` entries
+    before them.
 
     Raises:
         BadTensor: a checkpoint holds NaN or infinity here, or the result overflows its type.
     """
-    if _is_entrywise(plan, recipe):
-        return Merged(merge_entrywise(plan, recipe, base, experts, device), [], {})
-    compute = torch.promote_types(base.dtype, torch.float32)
-    start = base.to(device, compute)
-    vectors = [expert.to(device, compute, copy=True).sub_(start) for expert in experts]
-    _refuse_non_finite(plan, recipe, start, vectors)
-    trimmed, treatment, reason = trim_parameter(plan, recipe, vectors, statistics)
     method = plan.method or recipe.method
     context = Context(
         parameter=plan.name,
         role=plan.role,
         transposed=plan.transposed,
-        base=start,
+        base=base,
         tasks=[task.name for task in recipe.tasks],
         statistics=statistics,
         seed=recipe.seed,
         cuts=cuts,
         blocks=plan.blocks,
+        first=first,
     )
-    update = merge(trimmed.task_vectors, [task.weight for task in recipe.tasks], method, context)
-    tensor = (start + update).to(DTYPES[plan.dtype])
-    _refuse_overflow(plan, tensor)
-    rows = log_rows(plan, recipe, vectors, trimmed, treatment, reason) if recipe.method.trims else []
-    return Merged(tensor.cpu(), rows, removed_by_name(plan, recipe, trimmed.removed))
+    whole = [expert for expert in experts if isinstance(expert, Tensor)]
+    if len(whole) < len(experts):
+        return _merge_adapters(plan, recipe, context, experts, device)
+    if recipe.method.trims or method.pieces == "none":
+        return _merge_whole(plan, recipe, context, _differences(context.base, whole, device), device)
+    return Merged(merge_by_pieces(plan, recipe, context, whole, device), [], {})
 
 
-def _is_entrywise(plan: TensorPlan, recipe: Recipe) -> bool:
+def is_entrywise(plan: TensorPlan, recipe: Recipe) -> bool:
     """Whether an entry of the result depends on nothing but the same entry of what is merged."""
     return (plan.method or recipe.method).entrywise and not recipe.method.trims
 
 
-def merge_entrywise(
-    plan: TensorPlan, recipe: Recipe, base: Tensor, experts: Sequence[Tensor], device: str, chunk: int = CHUNK
-) -> Tensor:
-    """As ``merge_tensor``, ``chunk`` entries at a time: what fits into the cache is read from memory once.
-
-    The same arithmetic in the same order, so the same bytes. Raises BadTensor.
-    """
-    compute = torch.promote_types(base.dtype, torch.float32)
+def _merge_adapters(
+    plan: TensorPlan, recipe: Recipe, context: Context, experts: Sequence[Tensor | LowRankVector], device: str
+) -> Merged:
+    """Where adapters add to the base: a weighted sum takes one product for all, and any other method their products."""
     method = plan.method or recipe.method
-    weights = [task.weight for task in recipe.tasks]
-    names = [task.name for task in recipe.tasks]
-    flat, others = base.reshape(-1), [expert.reshape(-1) for expert in experts]
-    merged = torch.empty(flat.shape, dtype=DTYPES[plan.dtype])
-    step = chunk if device == "cpu" else max(1, flat.numel())  # a GPU is slowed down by small pieces
-    pieces = range(0, flat.numel(), step)
+    weights = method.sum_weights([task.weight for task in recipe.tasks])
+    if weights is not None and not recipe.method.trims:
+        return Merged(_sum_adapters(plan, recipe, context.base, experts, weights, device), [], {})
+    vectors = _differences(context.base, experts, device)
+    if recipe.method.trims or method.pieces == "none":
+        return _merge_whole(plan, recipe, context, vectors, device)
+    return Merged(merge_by_pieces(plan, recipe, context, vectors, device, are_experts=False), [], {})
 
-    def merge_pieces(starts: range) -> None:
-        room = torch.empty(len(others) + 1, min(step, flat.numel()), dtype=compute, device=device)
-        for first in starts:
-            part = slice(first, first + step)
-            start, *vectors = _task_vectors(room, flat[part], [other[part] for other in others])
-            context = Context(
-                plan.name, plan.role, plan.transposed, start, names, [None] * len(names), recipe.seed, first=first
-            )
-            total = merge(vectors, weights, method, context).add_(start)
-            merged[part] = total
+
+def _sum_adapters(
+    plan: TensorPlan,
+    recipe: Recipe,
+    base: Tensor,
+    experts: Sequence[Tensor | LowRankVector],
+    weights: Sequence[float],
+    device: str,
+) -> Tensor:
+    """W0 + sum_k weight_k * T_k, with one product of all adapters' factors. Raises BadTensor."""
+    start = base.to(device, torch.promote_types(base.dtype, torch.float32))
+    told = [(expert, weight) for expert, weight in zip(experts, weights, strict=True) if weight]
+    thin = [(expert, weight) for expert, weight in told if isinstance(expert, LowRankVector)]
+    total = start.clone()
+    if thin:
+        total += summed([vector for vector, _ in thin], [weight for _, weight in thin], start.dtype, device)
+    for expert, weight in told:
+        if isinstance(expert, Tensor):
+            total.add_(expert.to(device, start.dtype) - start, alpha=weight)
+    tensor = total.to(DTYPES[plan.dtype])
+    if not is_finite(tensor):
+        _refuse_non_finite(plan, recipe, recipe.tasks, start, _differences(base, experts, device))
+        _refuse_overflow(plan, tensor)
+    return tensor.cpu()
+
+
+def _differences(base: Tensor, experts: Sequence[Tensor | LowRankVector], device: str) -> list[Tensor]:
+    """The task vectors, each in memory of its own, in float32 (float64 where the base is)."""
+    start = base.to(device, torch.promote_types(base.dtype, torch.float32))
+    return [
+        expert.dense(start.dtype, device)
+        if isinstance(expert, LowRankVector)
+        else expert.to(device, start.dtype, copy=True).sub_(start)
+        for expert in experts
+    ]
+
+
+def _merge_whole(plan: TensorPlan, recipe: Recipe, context: Context, vectors: list[Tensor], device: str) -> Merged:
+    """With whole task vectors, for methods that look at matrices and for trimming, which overwrites them."""
+    method = plan.method or recipe.method
+    start = context.base.to(device, torch.promote_types(context.base.dtype, torch.float32))
+    _refuse_non_finite(plan, recipe, recipe.tasks, start, vectors)
+    trimmed, treatment, reason = trim_parameter(plan, recipe, vectors, context.statistics)
+    rows = log_rows(plan, recipe, vectors, trimmed, treatment, reason) if recipe.method.trims else []
+    removed = removed_by_name(plan, recipe, trimmed.removed)
+    context = replace(context, base=start)
+    if method.combining.pieces != "none":
+        tensor = merge_by_pieces(plan, recipe, context, trimmed.task_vectors, device, are_experts=False)
+        return Merged(tensor, rows, removed)
+    update = merge(trimmed.task_vectors, [task.weight for task in recipe.tasks], method, context)
+    tensor = (start + update).to(DTYPES[plan.dtype])
+    _refuse_overflow(plan, tensor)
+    return Merged(tensor.cpu(), rows, removed)
+
+
+def merge_by_pieces(
+    plan: TensorPlan,
+    recipe: Recipe,
+    context: Context,
+    sources: Sequence[Tensor],
+    device: str,
+    *,
+    are_experts: bool = True,
+    entries: int = ENTRIES,
+) -> Tensor:
+    """As ``merge_tensor``, about ``entries`` at a time: what fits into the cache is read from memory once.
+
+    ``sources`` are the experts, or else task vectors. Raises BadTensor.
+    """
+    method = (plan.method or recipe.method).combining
+    heard = heard_of([task.weight for task in recipe.tasks])
+    tasks = [recipe.tasks[k] for k in heard]
+    merged = torch.empty(context.base.shape, dtype=DTYPES[plan.dtype])
+    if not heard or not merged.numel():
+        return merged.copy_(context.base)
+    refuse = partial(_refuse_non_finite, plan, recipe, tasks)
+    options = {"are_experts": are_experts, "entries": entries, "device": device}
+    check = refuse if method.drops else None
+    doubtful = []
+    with pieces_of(method, context.of(heard), [sources[k] for k in heard], check=check, **options) as pieces:
+        places = dict(zip(pieces.firsts, pieces.cut_up(merged), strict=True))
+
+        def round_once(update: Tensor, piece: Context) -> None:
+            total = update.add_(piece.base)
+            places[piece.first].copy_(total)
             if not is_within(total, merged.dtype):
-                _refuse_non_finite(plan, recipe, start, vectors)
-                _refuse_overflow(plan, merged[part])
+                doubtful.append(piece.first)
 
-    _share_out(pieces, merge_pieces)
-    return merged.view(base.shape)
-
-
-def _share_out(pieces: range, work: Callable[[range], None]) -> None:
-    """Do all pieces in as many threads as torch may use, each of which computes alone."""
-    threads = min(torch.get_num_threads(), len(pieces))
-    with _one_thread():
-        if threads <= 1:
-            work(pieces)
-            return
-        with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:
-            for done in [pool.submit(work, pieces[index::threads]) for index in range(threads)]:
-                done.result()
-
-
-def _task_vectors(room: Tensor, base: Tensor, experts: Sequence[Tensor]) -> list[Tensor]:
-    """The base and its differences to the experts ``[n]``, in ``room [1 + experts, at least n]``."""
-    start, *vectors = [row[: base.numel()].copy_(source) for row, source in zip(room, (base, *experts), strict=True)]
-    return [start, *(vector.sub_(start) for vector in vectors)]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Small operations gain nothing from more threads, and on a busy host wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        merge_pieces(pieces, [task.weight for task in tasks], method, round_once)
+        if doubtful:
+            pieces.map(lambda vectors, piece: refuse(piece.base, vectors))
+            _refuse_overflow(plan, merged)
+    return merged
 
 
 def _refuse_overflow(plan: TensorPlan, tensor: Tensor) -> None:
@@ -152,8 +195,13 @@ def _refuse_overflow(plan: TensorPlan, tensor: Tensor) -> None:
         )
 
 
-def _refuse_non_finite(plan: TensorPlan, recipe: Recipe, start: Tensor, vectors: Sequence[Tensor]) -> None:
-    for task, vector in zip(recipe.tasks, vectors, strict=True):
+def _refuse_non_finite(
+    plan: TensorPlan, recipe: Recipe, tasks: Sequence[Task], start: Tensor, vectors: Sequence[Tensor]
+) -> None:
+    together = sum(float(vector.sum()) for vector in vectors)
+    if math.isfinite(together):
+        return
+    for task, vector in zip(tasks, vectors, strict=True):
         if is_finite(vector):
             continue
         if not is_finite(start):

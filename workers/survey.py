@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from workers.magnitudes import NOTHING, Cut, share_of
+from workers.pieces import ENTRIES
+from workers.threads import one_thread, shared_out
 
 COARSE_BITS = 16  # what the first pass does not look at: the lower bits of a float32
 BUCKETS = 1 << (31 - COARSE_BITS)
@@ -68,8 +71,25 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _coarse(tensors: Iterable[tuple[str, Tensor]]) -> Tensor:
     counts = torch.zeros(BUCKETS, dtype=torch.int64)
-    for _, tensor in tensors:
-        counts += torch.bincount(_bits(tensor) >> COARSE_BITS, minlength=BUCKETS).cpu()
+    with one_thread() as threads:
+        for _, tensor in tensors:
+            for part in shared_out(_counted, _shares(tensor, threads), threads):
+                counts += part
+    return counts
+
+
+def _shares(tensor: Tensor, threads: int) -> list[Sequence[Tensor]]:
+    """A tensor's entries in pieces that fit into the cache, dealt out to threads; on a GPU in one piece."""
+    if tensor.device.type != "cpu":
+        return [[tensor.flatten()]]
+    pieces = torch.split(tensor.reshape(-1), ENTRIES)
+    return [pieces[thread::threads] for thread in range(min(threads, len(pieces)))]
+
+
+def _counted(pieces: Sequence[Tensor]) -> Tensor:
+    counts = torch.zeros(BUCKETS, dtype=torch.int64)
+    for piece in pieces:
+        counts += torch.bincount(_bits(piece) >> COARSE_BITS, minlength=BUCKETS).cpu()
     return counts
 
 
@@ -84,14 +104,26 @@ class _Within:
 
 def _fine(tensors: Iterable[tuple[str, Tensor]], buckets: frozenset[int]) -> dict[int, list[_Within]]:
     found: dict[int, list[_Within]] = {bucket: [] for bucket in buckets}
-    for name, tensor in tensors:
-        bits = _bits(tensor)
-        for bucket, within in found.items():
-            inside = bits[bits >> COARSE_BITS == bucket]
-            if inside.numel():
-                values, counts = torch.unique(inside, return_counts=True)
-                within.append(_Within(name, values.cpu(), counts.cpu()))
+    with one_thread() as threads:
+        for name, tensor in tensors:
+            parts = shared_out(partial(_inside, frozenset(found)), _shares(tensor, threads), threads)
+            for bucket, within in found.items():
+                inside = torch.cat([part[bucket] for part in parts])
+                if inside.numel():
+                    values, counts = torch.unique(inside, return_counts=True)
+                    within.append(_Within(name, values, counts))
     return found
+
+
+def _inside(buckets: frozenset[int], pieces: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The bits of the entries that lie in each bucket, in host memory."""
+    found: dict[int, list[Tensor]] = {bucket: [] for bucket in buckets}
+    for piece in pieces:
+        bits = _bits(piece)
+        coarse = bits >> COARSE_BITS
+        for bucket, inside in found.items():
+            inside.append(bits[coarse == bucket].cpu())
+    return {bucket: torch.cat(inside) for bucket, inside in found.items()}
 
 
 def _cut(within: Sequence[_Within], count: int) -> WholeCut:

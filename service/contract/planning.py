@@ -13,10 +13,10 @@ from service.contract.patterns import matches
 from service.contract.plan import HeadPlan, Pinned, Plan, ShardPlan, TensorPlan
 from service.contract.recipe import Recipe
 from service.contract.roles import Parameter
-from service.contract.treatments import Keep, Role, Treatment
+from service.contract.treatments import Keep, Projection, Role, Treatment
 
 COMPUTE_BYTES = 4  # float32
-READ_AHEAD_BYTES = 128 << 20
+STREAM_BYTES = 128 << 20  # spans that are read ahead, pieces that are merged, shards' ends that wait to be written
 
 ParameterOf = Callable[[TensorInfo], Parameter]
 
@@ -51,7 +51,7 @@ def make_plan(
         tied={name: parameter.tied_to for name, parameter in parameters.items() if parameter.tied_to},
         bytes_in=sum(shard.bytes_in for shard in shards) + sum(head.bytes for head in heads),
         bytes_out=sum(shard.bytes_out for shard in shards) + sum(head.bytes for head in heads),
-        peak_memory_bytes=_peak_memory(tensors, len(tasks)),
+        peak_memory_bytes=_peak_memory(recipe, tensors),
         warnings=(*found.warnings, *warnings),
     )
 
@@ -119,7 +119,24 @@ def _head(task: str, checkpoint: Checkpoint, names: Sequence[str]) -> HeadPlan:
     return HeadPlan(task=task, tensors=tuple(names), bytes=size)
 
 
-def _peak_memory(tensors: Sequence[TensorPlan], tasks: int) -> int:
-    """Task vectors before and after trimming, the sum and the base of the largest tensor, and what is read ahead."""
-    largest = max((prod(tensor.shape) for tensor in tensors), default=0)
-    return largest * COMPUTE_BYTES * (2 * tasks + 2) + READ_AHEAD_BYTES
+def _peak_memory(recipe: Recipe, tensors: Sequence[TensorPlan]) -> int:
+    """What one worker holds at most while it merges: its largest tensor, and what is read ahead and written behind."""
+    return max((_held_bytes(recipe, tensor) for tensor in tensors), default=0) + STREAM_BYTES
+
+
+def _held_bytes(recipe: Recipe, tensor: TensorPlan) -> int:
+    """What is held of one tensor at once: nothing where entry after entry is merged and written.
+
+    Else all checkpoints' tensors and the merged one as they are stored; and where the method or a treatment looks at
+    the whole of it, task vectors, base and update in float32, with the answers of every task vector to all inputs
+    (a projection) or copies in double precision (a method that factors matrices).
+    """
+    method = tensor.method or recipe.method
+    tasks = len(recipe.tasks)
+    if tensor.source == "base" or (method.entrywise and not method.trims):
+        return 0
+    stored = _bytes_in(tensor, tasks) + tensor.nbytes
+    if method.pieces != "none" and not method.trims:
+        return stored
+    copies = 2 * tasks if isinstance(tensor.treatment, Projection) or method.combining.by_matrix else 0
+    return stored + prod(tensor.shape) * COMPUTE_BYTES * (tasks + 2 + copies)

@@ -69,11 +69,23 @@ PAIRS = {
         _elected("della"),
         {"weight": 1.0, "density": 0.4, "epsilon": 0.1},
     ),
+    "della, linear": Pair(
+        {"name": "della", "combine": "linear", "density": 0.4, "epsilon": 0.2},
+        _summed("della_linear"),
+        {"weight": 1.0, "density": 0.4, "epsilon": 0.1},
+    ),
     "breadcrumbs": Pair(
         {"name": "breadcrumbs", "density": 0.2, "gamma": 0.01},
         _summed("breadcrumbs"),
         {"weight": 1.0, "density": 0.2, "gamma": 0.01},
     ),
+    "breadcrumbs, ties": Pair(
+        {"name": "breadcrumbs", "combine": "ties", "density": 0.2, "gamma": 0.01},
+        _elected("breadcrumbs_ties"),
+        {"weight": 1.0, "density": 0.2, "gamma": 0.01},
+    ),
+    "sce": Pair({"name": "sce", "density": 0.1}, {"merge_method": "sce", "parameters": {"select_topk": 0.1}}),
+    "karcher": Pair({"name": "karcher"}, {"merge_method": "karcher", "parameters": {"max_iter": 100, "tol": 1e-10}}),
 }
 
 

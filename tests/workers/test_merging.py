@@ -12,7 +12,8 @@ from service.contract.errors import BadInput, BadTensor
 from service.contract.plan import TensorPlan
 from service.contract.recipe import Recipe
 from service.contract.treatments import Role
-from workers.merging import Merged, merge_entrywise, merge_tensor
+from workers.context import Context
+from workers.merging import Merged, merge_by_pieces, merge_tensor
 from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares
 from workers.tensors import DTYPES, NAMES
 
@@ -67,14 +68,19 @@ def merge(
     return merge_tensor(plan, made, base, experts, statistics or [None] * len(TASKS), "cpu")
 
 
+def in_pieces(plan: TensorPlan, recipe: Recipe, base: Tensor, experts: list[Tensor], entries: int) -> Tensor:
+    context = Context(plan.name, plan.role, plan.transposed, base, TASKS, [None] * len(TASKS), recipe.seed)
+    return merge_by_pieces(plan, recipe, context, experts, "cpu", entries=entries)
+
+
 @pytest.mark.parametrize("combine", ["linear", "ties"])
 def test_dare_in_pieces_is_dare_of_the_whole(combine: str) -> None:
     base, experts = randn(13, 11), [randn(13, 11) for _ in TASKS]
     recipe = recipe_of({"name": "dare", "combine": combine})
     plan = plan_of(recipe, base)
-    whole = merge_entrywise(plan, recipe, base, experts, "cpu", chunk=1 << 20)
+    whole = in_pieces(plan, recipe, base, experts, 1 << 20)
     for chunk in (1, 7, 64):
-        assert merge_entrywise(plan, recipe, base, experts, "cpu", chunk=chunk).equal(whole)
+        assert in_pieces(plan, recipe, base, experts, chunk).equal(whole)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
@@ -101,9 +107,9 @@ def test_the_size_of_the_pieces_changes_no_byte(method: dict[str, Any], dtype: t
     base, experts = randn(13, 11, dtype=dtype), [randn(13, 11, dtype=dtype) for _ in TASKS]
     recipe = recipe_of(method)
     plan = plan_of(recipe, base)
-    whole = merge_entrywise(plan, recipe, base, experts, "cpu", chunk=1 << 20)
+    whole = in_pieces(plan, recipe, base, experts, 1 << 20)
     for chunk in (1, 7, 64):
-        assert merge_entrywise(plan, recipe, base, experts, "cpu", chunk=chunk).equal(whole)
+        assert in_pieces(plan, recipe, base, experts, chunk).equal(whole)
     weights = [1.0] * 3 if method is ARITHMETIC else [1 / 3] * 3
     scaling = 0.5 if method is ARITHMETIC else 1.0
     start = base.double()

@@ -25,6 +25,7 @@ from service.contract.methods import (
     Lot,
     ModelStock,
     Sce,
+    Shrinkage,
     Slerp,
     TaskArithmetic,
     Ties,
@@ -326,8 +327,12 @@ def test_consensus_by_hand() -> None:
 def test_tsv_m_and_iso_c_by_hand() -> None:
     # Orthogonal rank-one task vectors of sizes 3 and 1 in their own axes.
     task_vectors = as_task_vectors([[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]])
-    torch.testing.assert_close(merged(task_vectors, [1.0, 1.0], TsvM()), torch.diag(torch.tensor([3.0, 1.0])))
-    torch.testing.assert_close(merged(task_vectors, [1.0, 1.0], IsoC()), torch.diag(torch.tensor([2.0, 2.0])))
+    torch.testing.assert_close(
+        merged(task_vectors, [1.0, 1.0], TsvM(scaling=1.0)), torch.diag(torch.tensor([3.0, 1.0]))
+    )
+    torch.testing.assert_close(
+        merged(task_vectors, [1.0, 1.0], IsoC(scaling=1.0)), torch.diag(torch.tensor([2.0, 2.0]))
+    )
 
 
 def test_lot_by_hand() -> None:
@@ -345,6 +350,17 @@ def test_wudi_in_closed_form_by_hand() -> None:
     task_vectors = as_task_vectors([[1.0, 0.0], [2.0, 0.0]], [[0.0, 3.0], [0.0, 4.0]])
     update = merged(task_vectors, [1.0, 1.0], Wudi(solver="closed"))
     torch.testing.assert_close(update, torch.tensor([[1.0, 3.0], [2.0, 4.0]]))
+
+
+def test_shrinkage_by_hand() -> None:
+    # One task has seen (1, 0), the other (0, 2), and their vectors have a row each: M = diag(1/2, 0) + (1, 2)^T (1, 2)
+    # / 10 and diag(0, 1/2) + (3, 4)^T (3, 4) / 50; together [[.78, .44], [.44, 1.22]], of trace 2, to which ridge adds
+    # .1 per direction. T_1 M_1 + T_2 M_2 = (1, 1) + (1.5, 4) = (2.5, 5) against [[.88, .44], [.44, 1.32]].
+    task_vectors = as_task_vectors([[1.0, 2.0]], [[3.0, 4.0]])
+    known = [observe_rows(torch.tensor([[1.0, 0.0]])), observe_rows(torch.tensor([[0.0, 2.0]]))]
+    context = context_of(task_vectors, names="ab", statistics=known)
+    update = merge(task_vectors, [1.0, 1.0], Shrinkage(scaling=1.0, proxy=0.5, damping=0.1), context)
+    torch.testing.assert_close(update, torch.tensor([[1.1 / 0.968, 3.3 / 0.968]]))
 
 
 def test_a_density_of_one_drops_nothing() -> None:

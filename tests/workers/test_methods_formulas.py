@@ -29,6 +29,7 @@ from service.contract.methods import (
     Pcb,
     Regmean,
     Sce,
+    Shrinkage,
     Slerp,
     TaskArithmetic,
     Ties,
@@ -288,6 +289,18 @@ def wudi(T: list[Matrix], w: list[float], p: Wudi, c: Context) -> Matrix:
     return (p.scaling * merged).reshape(T[0].shape)
 
 
+def shrinkage(T: list[Matrix], w: list[float], p: Shrinkage, c: Context) -> Matrix:
+    """The stationary point, found with a general solver."""
+    matrices = unfolded(T)
+    seen = second_moments(matrices[0].shape[1])
+    proxies = [t.T @ t / (t**2).sum() for t in matrices]
+    M = [(1 - p.proxy) * s / np.trace(s) + p.proxy * q for s, q in zip(seen, proxies, strict=True)]
+    answers = sum(x * t @ m for x, t, m in zip(w, matrices, M, strict=True))
+    total = sum(x * m for x, m in zip(w, M, strict=True))
+    ridge = p.damping * np.trace(total) / len(total)
+    return (p.scaling * np.linalg.solve(total + ridge * np.eye(len(total)), answers.T).T).reshape(T[0].shape)
+
+
 def descended(T: list[Tensor], w: list[float], p: Wudi) -> Matrix:
     """torch's own Adam on the loss itself."""
     point = sum(x * t for x, t in zip(w, T, strict=True)).requires_grad_()  # type: ignore[union-attr]
@@ -330,6 +343,8 @@ CASES: list[tuple[Formula, AnyMethod]] = [
     (regmean, Regmean(off_diagonal=0.3)),
     (wudi, Wudi(solver="closed")),
     (wudi, Wudi(steps=40, learning_rate=1e-3)),
+    (shrinkage, Shrinkage()),
+    (shrinkage, Shrinkage(proxy=0.2, damping=0.3)),
 ]
 
 
@@ -403,6 +418,23 @@ def test_lot_keeps_what_every_task_answers_to_its_own_inputs() -> None:
 
 
 # --- random numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("proxy", "other"), [(0.0, Lot()), (1.0, Wudi(solver="closed"))], ids=["lot", "wudi"])
+def test_shrinkage_lies_between_lot_and_wudi(proxy: float, other: AnyMethod) -> None:
+    task_vectors = drawn(*SHAPE)
+    context = context_of()
+    seen = [replace(s, factor=s.held / s.held.norm() * s.rows**0.5) for s in context.statistics if s is not None]
+    context = replace(context, statistics=seen)  # of trace 1, as shrinkage makes them
+    found = merge(task_vectors, WEIGHTS, Shrinkage(scaling=1.0, proxy=proxy, damping=1e-6), context)
+    torch.testing.assert_close(found, merge(task_vectors, WEIGHTS, other, context), rtol=1e-4, atol=1e-4)
+
+
+def test_shrinkage_without_statistics_relies_on_task_vectors() -> None:
+    task_vectors = drawn(*SHAPE)
+    unknown = context_of(statistics=[None] * 3)
+    alone = merge(task_vectors, WEIGHTS, Shrinkage(), unknown)
+    torch.testing.assert_close(alone, merge(task_vectors, WEIGHTS, Shrinkage(proxy=1.0), context_of()))
 
 
 def test_draws_are_uniform_and_blocks_are_their_own() -> None:

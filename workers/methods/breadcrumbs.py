@@ -9,27 +9,29 @@ from torch import Tensor
 from service.contract.methods import Breadcrumbs
 from workers.combining import combine
 from workers.context import Context
-from workers.magnitudes import Cut, above, cut_at, share_of
+from workers.magnitudes import largest, largest_surveyed, share_of
+from workers.pieces import Pieces
+from workers.thresholds import Threshold, magnitudes, surveyed, thresholds
 
 
-def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Breadcrumbs, context: Context) -> Tensor:
-    """scaling times the combination of masked task vectors: Model Breadcrumbs (arXiv:2312.06795). Any shape.
+def look(pieces: Pieces, weights: Sequence[float], params: Breadcrumbs) -> list[list[Threshold]]:  # noqa: ARG001
+    """Where each task vector's mask ends in this parameter, and where the outliers that it leaves out end.
 
     The mask leaves out the share ``gamma`` of the largest entries and keeps the share ``density`` of those that follow:
     of this tensor, at least one, or of the whole task vector where the context knows its cuts.
     """
-    crumbs = [
-        task_vector * _between(task_vector, params, context.cuts[k] if params.surveys else None)
-        for k, task_vector in enumerate(task_vectors)
-    ]
-    return combine(crumbs, weights, params.combine).mul_(params.scaling)
+    if params.surveys:
+        return surveyed(pieces, pieces.context.cuts)
+    dropped = share_of(params.gamma, pieces.entries - 1)
+    kept = share_of(params.density, pieces.entries, least=1)
+    return thresholds(pieces, magnitudes, [[dropped + kept, dropped]] * pieces.tasks)
 
 
-def _between(task_vector: Tensor, params: Breadcrumbs, cuts: Sequence[Cut] | None) -> Tensor:
-    sizes = task_vector.abs().flatten()
-    if cuts is None:
-        dropped = share_of(params.gamma, sizes.numel() - 1)
-        outer, inner = cut_at(sizes, dropped + share_of(params.density, sizes.numel(), least=1)), cut_at(sizes, dropped)
-    else:
-        sizes, (outer, inner) = sizes.float(), cuts  # float32 is what a survey compares
-    return (above(sizes, outer) & ~above(sizes, inner)).view_as(task_vector)
+def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Breadcrumbs, context: Context) -> Tensor:
+    """scaling times the combination of masked task vectors: Model Breadcrumbs (arXiv:2312.06795). Any shape."""
+    keep = largest_surveyed if params.surveys else largest
+    crumbs = []
+    for task_vector, (outer, inner) in zip(task_vectors, context.facts, strict=True):
+        kept = keep(task_vector, outer.within(context.first))
+        crumbs.append(kept.sub_(keep(task_vector, inner.within(context.first))))  # an entry less itself is 0
+    return combine(crumbs, weights, params.combine, scaling=params.scaling)

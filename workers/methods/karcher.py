@@ -3,38 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from service.contract.methods import Karcher
 from workers.angles import inner_products
-from workers.combining import weighted_mean
+from workers.combining import weighted_sum
 from workers.context import Context
+from workers.pieces import Pieces
 
 ROUNDING = 1e-12  # a sum of coefficients this near to 1 is 1
 
 
-def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Karcher, context: Context) -> Tensor:
-    """The Riemannian center of mass of the checkpoints' directions times their mean length, minus W0. Any shape.
+@dataclass(frozen=True)
+class Factors:
+    """What each task vector and the base are multiplied with."""
 
-    Karcher 1977, each tensor as one vector. The mean lies in the span of the checkpoints, so that the iteration runs
-    on coefficients and cosines alone, and tensors are read twice whatever the number of steps. Where a checkpoint is
-    zero, or they cancel, there is no direction, and the result is the weighted mean.
+    tasks: list[float]
+    base: float
+
+
+def look(pieces: Pieces, weights: Sequence[float], params: Karcher) -> Factors:
+    """The factors of the mean, from inner products alone.
+
+    The mean lies in the span of the checkpoints, so that the iteration runs on coefficients and cosines, and tensors
+    are read twice whatever the number of steps.
     """
-    products = inner_products(task_vectors, context.base)
+    products = inner_products(pieces, of_checkpoints=True)
     lengths = products.diagonal().sqrt()
     shares = torch.tensor(weights, dtype=torch.float64)
     shares = shares / shares.sum()
     found = _center(products / torch.outer(lengths, lengths), shares, params) if bool((lengths > 0).all()) else None
     if found is None:
-        return weighted_mean(task_vectors, weights)
+        return Factors(shares.tolist(), 0.0)
     factors = found * (shares @ lengths) / lengths
     drift = float(factors.sum() - 1)
-    merged = context.base * (drift if abs(drift) > ROUNDING else 0.0)
-    for task_vector, factor in zip(task_vectors, factors.tolist(), strict=True):
-        merged.add_(task_vector, alpha=factor)
-    return merged
+    return Factors(factors.tolist(), drift if abs(drift) > ROUNDING else 0.0)
+
+
+def merge(
+    task_vectors: Sequence[Tensor],
+    weights: Sequence[float],  # noqa: ARG001 (every method is called alike)
+    params: Karcher,  # noqa: ARG001
+    context: Context,
+) -> Tensor:
+    """The Riemannian center of mass of the checkpoints' directions times their mean length, minus W0. Any shape.
+
+    Karcher 1977, each tensor as one vector. Where a checkpoint is zero, or they cancel, there is no direction, and the
+    result is the weighted mean.
+    """
+    factors: Factors = context.facts
+    merged = weighted_sum(task_vectors, factors.tasks)
+    return merged.add_(context.base, alpha=factors.base) if factors.base else merged
 
 
 def _center(cosines: Tensor, shares: Tensor, params: Karcher) -> Tensor | None:

@@ -11,20 +11,21 @@ from service.contract.methods import ModelStock
 from workers.angles import inner_products
 from workers.combining import weighted_mean
 from workers.context import Context
+from workers.pieces import Pieces
 
 
-def merge(
-    task_vectors: Sequence[Tensor],
-    weights: Sequence[float],
-    params: ModelStock,
-    context: Context,  # noqa: ARG001 (every method is called alike)
-) -> Tensor:
+def look(pieces: Pieces, weights: Sequence[float], params: ModelStock) -> float:  # noqa: ARG001
+    """t, from the angles between the task vectors of this parameter."""
+    return 1.0 if pieces.tasks == 1 else _ratio(inner_products(pieces), weights)
+
+
+def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: ModelStock, context: Context) -> Tensor:
     """t * mean T_k with t = N cos / (1 + (N - 1) cos): Model Stock (arXiv:2403.19522), tensor by tensor. Any shape.
 
     cos is the mean cosine between the task vectors of two tasks, not below 0. With weights a_k that sum to 1, N is
     1 / sum a_k^2 and a pair counts as a_i a_j; a task vector that is zero is at right angles to all others.
     """
-    ratio = 1.0 if len(task_vectors) == 1 else _ratio(inner_products(task_vectors), weights)
+    ratio: float = context.facts
     return weighted_mean(task_vectors, weights, params.scaling * ratio)
 
 

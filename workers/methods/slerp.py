@@ -5,30 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from service.contract.methods import Slerp
 from workers.angles import inner_products
 from workers.context import Context
+from workers.pieces import Pieces
 
 LEAST_SINE = 1e-6  # below it the arc is straight, or leads through the opposite point and has no direction
 
 
-def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Slerp, context: Context) -> Tensor:
+def look(pieces: Pieces, weights: Sequence[float], params: Slerp) -> tuple[float, float, float]:
+    """Factors of the two ends' task vectors and of the base. With one task the first end is the base."""
+    is_alone = pieces.tasks == 1
+    shares = [0.5, 0.5] if is_alone else weights
+    t = shares[1] / sum(shares) if params.t is None else params.t
+    return _coefficients(inner_products(pieces, of_checkpoints=True, and_base=is_alone), t)
+
+
+def merge(
+    task_vectors: Sequence[Tensor],
+    weights: Sequence[float],  # noqa: ARG001 (every method is called alike)
+    params: Slerp,  # noqa: ARG001
+    context: Context,
+) -> Tensor:
     """(sin((1 - t) a) W_1 + sin(t a) W_2) / sin a - W0, a being the angle between the checkpoints. Any shape.
 
     Shoemake 1985, with each tensor as one vector. With one task W_1 is the base. Where the sine is nearly zero the way
     is straight.
     """
-    if len(task_vectors) == 1:
-        ends, shares = [torch.zeros_like(task_vectors[0]), task_vectors[0]], [0.5, 0.5]
-    else:
-        ends, shares = list(task_vectors), list(weights)
-    t = shares[1] / sum(shares) if params.t is None else params.t
-    first, second, drift = _coefficients(inner_products(ends, context.base), t)
+    factors: tuple[float, float, float] = context.facts
+    first, second, drift = factors
     # W_1 and W_2 are never formed: of two nearly equal checkpoints only the difference matters.
-    return ends[0].mul(first).add_(ends[1], alpha=second).add_(context.base, alpha=drift)
+    merged = task_vectors[-1] * second
+    if len(task_vectors) > 1:
+        merged.add_(task_vectors[0], alpha=first)
+    return merged.add_(context.base, alpha=drift)
 
 
 def _coefficients(products: Tensor, t: float) -> tuple[float, float, float]:

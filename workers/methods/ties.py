@@ -9,32 +9,32 @@ from torch import Tensor
 from service.contract.methods import Ties
 from workers.combining import agreed_mean
 from workers.context import Context
-from workers.magnitudes import Cut, above, cut_at, share_of
+from workers.magnitudes import largest, largest_surveyed, share_of
+from workers.pieces import Pieces
+from workers.thresholds import Threshold, magnitudes, surveyed, thresholds
+
+
+def look(pieces: Pieces, weights: Sequence[float], params: Ties) -> list[list[Threshold]]:  # noqa: ARG001
+    """Where the largest entries of each task vector end in this parameter, one threshold a task.
+
+    What is kept are the largest entries of the whole task vector (the context knows where they end), or of this
+    tensor: a share of ``density``, at least one.
+    """
+    if params.surveys:
+        return surveyed(pieces, pieces.context.cuts)
+    return thresholds(pieces, magnitudes, [[share_of(params.density, pieces.entries, least=1)]] * pieces.tasks)
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Ties, context: Context) -> Tensor:
     """Trim, elect, average: TIES-Merging (arXiv:2306.01708), with weights. Any shape.
 
-    What is kept are the largest entries of the whole task vector (the context knows where they end), or of this
-    tensor. The sign of an entry is that of the weighted sum of the trimmed task vectors; where they cancel exactly,
-    no sign is elected and the entry is 0. The result is ``params.scaling`` times the weighted mean over the tasks whose
-    entry survived trimming and has that sign.
+    The sign of an entry is that of the weighted sum of the trimmed task vectors; where they cancel exactly, no sign is
+    elected and the entry is 0. The result is ``params.scaling`` times the weighted mean over the tasks whose entry
+    survived trimming and has that sign.
     """
+    keep = largest_surveyed if params.surveys else largest
     trimmed = [
-        _largest(task_vector, params.density, context.cuts[k][0] if params.surveys else None)
-        for k, task_vector in enumerate(task_vectors)
+        keep(task_vector, threshold.within(context.first))
+        for task_vector, (threshold,) in zip(task_vectors, context.facts, strict=True)
     ]
-    return agreed_mean(trimmed, weights).mul_(params.scaling)
-
-
-def _largest(task_vector: Tensor, density: float, cut: Cut | None) -> Tensor:
-    """``task_vector`` without what lies below the ``cut``, or else outside the largest ``density``, at least one."""
-    sizes = task_vector.abs().flatten()
-    if cut is None:
-        count = share_of(density, sizes.numel(), least=1)
-        if count >= sizes.numel():
-            return task_vector
-        cut = cut_at(sizes, count)
-    else:
-        sizes = sizes.float()  # as a survey compares them
-    return task_vector * above(sizes, cut).view_as(task_vector)
+    return agreed_mean(trimmed, weights, scaling=params.scaling)

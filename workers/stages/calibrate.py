@@ -73,7 +73,7 @@ def _statistics(work: Work, plan: Plan, task: Task, reader: TensorReader) -> tup
 def _warn(work: Work, task: Task, unseen: frozenset[str]) -> tuple[str, ...]:
     if not unseen:
         return ()
-    without = "averaged" if work.recipe.method.needs_statistics else "kept untrimmed"
+    without = work.recipe.method.combining.without or "kept untrimmed"
     shown = ", ".join(sorted(unseen)[:8]) + (" ..." if len(unseen) > 8 else "")
     return (f"{task.name}: no statistics for {len(unseen)} parameters, which are {without}: {shown}",)
 
