@@ -134,8 +134,10 @@ def _effect(before: Tensor, after: Tensor, statistics: Sequence[Statistic], i: i
     gone = before - after
     others = [statistic for k, statistic in enumerate(statistics) if k != i]
     own = statistics[i]
+    whole = energy(before)
     return Effect(
-        energy_removed=share(energy(gone), energy(before)),
+        energy=whole,
+        energy_removed=share(energy(gone), whole),
         conflict_before=sum(energy(_response(before, statistic, "mean")) for statistic in others),
         conflict_after=sum(energy(_response(after, statistic, "mean")) for statistic in others),
         own_response_lost=share(energy(_response(gone, own, "mean")), energy(_response(before, own, "mean"))),

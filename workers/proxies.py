@@ -9,7 +9,8 @@ from torch import Tensor
 
 from service.contract.errors import BadInput
 from service.contract.methods import Proxy
-from workers.statistics import Statistic, observe_rows
+from workers.statistics import Statistic
+from workers.threads import one_thread
 
 
 def proxy_statistic(task_vector: Tensor, kind: Proxy, rank: int = 8) -> Statistic:
@@ -17,17 +18,19 @@ def proxy_statistic(task_vector: Tensor, kind: Proxy, rank: int = 8) -> Statisti
 
     ``task_vector`` is T^T T (WUDI-Merging, arXiv:2503.08099), ``covariance`` the covariance of T's rows (ACE-Merging,
     arXiv:2603.02945), ``subspace`` the projector on T's ``rank`` leading right singular vectors. A task vector that is
-    zero has the zero statistic. Deterministic: nothing is drawn.
+    zero has the zero statistic. Deterministic: nothing is drawn. The factor may be ``task_vector`` itself.
 
     Raises:
         BadInput: ``task_vector`` is no matrix.
     """
     if task_vector.dim() != 2:
         raise BadInput(f"a proxy needs a matrix, not a tensor of shape {list(task_vector.shape)}")
-    rows = _ROWS[kind](task_vector.detach(), rank)
-    norm = rows.double().norm()
-    scaled = rows if norm == 0 else rows / norm.to(rows.dtype)
-    return Statistic(rows=1, factor=observe_rows(scaled).factor)
+    with one_thread():
+        rows = _ROWS[kind](task_vector, rank)
+        if len(rows) > rows.shape[1]:
+            rows = torch.linalg.qr(rows, mode="r").R
+    norm = float(torch.linalg.vector_norm(rows, dim=-1).double().norm())
+    return Statistic(rows=1, factor=rows, scale=1 / norm if norm else 1.0)
 
 
 def proxy_squares(task_vector: Tensor) -> Statistic:

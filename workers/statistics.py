@@ -18,7 +18,8 @@ class Statistic:
     ``factor`` is ``[r, in]`` with ``factor.T @ factor`` the sum over rows of x x^T, r <= in. ``diagonal`` is ``[d]``,
     the sum over rows of x^2 per dimension, where the inputs are one-hot (token counts) or only their squares matter.
     Matrices that are stacked have one factor each, ``[blocks, r, in]`` with rows of zeros where one has fewer than r,
-    and ``block_rows`` says how many rows each of them saw.
+    and ``block_rows`` says how many rows each of them saw. Where ``scale`` is not 1, a factor is meant that many times:
+    a tensor that is large and known otherwise need not be copied to be one.
 
     Raises:
         BadInput: neither form or both are given, a shape is wrong, or ``rows`` is negative.
@@ -28,6 +29,7 @@ class Statistic:
     factor: Tensor | None = None
     diagonal: Tensor | None = None
     block_rows: tuple[int, ...] = ()
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.factor is None) == (self.diagonal is None):
@@ -48,7 +50,7 @@ class Statistic:
 
     def block(self, index: int) -> Statistic:
         """The statistic of one of the stacked matrices."""
-        return Statistic(rows=self.block_rows[index], factor=self.held[index])
+        return Statistic(rows=self.block_rows[index], factor=self.held[index], scale=self.scale)
 
     @property
     def held(self) -> Tensor:
@@ -69,7 +71,7 @@ def stack_statistics(blocks: Sequence[Statistic | None]) -> Statistic | None:
     factor = like.new_zeros(len(blocks), longest, widths[0])
     for place, block in zip(factor, blocks, strict=True):
         if block is not None:
-            place[: len(block.held)] = block.held
+            place[: len(block.held)] = block.held * block.scale
     rows = tuple(block.rows if block is not None else 0 for block in blocks)
     return Statistic(rows=sum(rows), factor=factor, block_rows=rows)
 

@@ -56,9 +56,11 @@ class StatisticsReading:
                 detail = f"{self.address}: the statistics of {parameter!r} hold NaN or infinity"
                 raise BadTensor(detail, tensor=parameter)
             counts = self.rows[parameter]
-            form = {"factor": tensor} if f".{kind}" == FACTOR else {"diagonal": tensor}
             blocks = counts if tensor.dim() == 3 else ()
-            found[parameter] = Statistic(rows=sum(counts), block_rows=blocks, **form)
+            if f".{kind}" == FACTOR:
+                found[parameter] = Statistic(rows=sum(counts), factor=tensor, block_rows=blocks)
+            else:
+                found[parameter] = Statistic(rows=sum(counts), diagonal=tensor, block_rows=blocks)
         return found
 
 

@@ -17,13 +17,17 @@ from workers.blocks import trim_blocks
 from workers.layout import as_blocks, as_matrix, from_blocks, from_matrix
 from workers.proxies import proxy_squares, proxy_statistic
 from workers.statistics import Statistic, stack_statistics
-from workers.treatments import Effect, Removed, Trimmed, trim
+from workers.treatments import Effect, Removed, Trimmed, projection, trim
+from workers.treatments.outcome import energy
 
 
 def trim_parameter(
     plan: TensorPlan, recipe: Recipe, vectors: list[Tensor], statistics: Sequence[Statistic | None]
 ) -> tuple[Trimmed, str, str | None]:
-    """Trimmed task vectors in the tensor's own shape, the treatment they got, and why it is another than planned."""
+    """Trimmed task vectors in the tensor's own shape, the treatment they got, and why it is another than planned.
+
+    Matrices are trimmed in place, so that there is never more of them than there are tasks: ``vectors`` are used up.
+    """
     untouched = Trimmed(vectors, [], [Effect() for _ in vectors])
     if isinstance(plan.treatment, Keep):
         return untouched, "keep", None
@@ -36,7 +40,10 @@ def trim_parameter(
     if missing and type(plan.treatment).statistic is not Kind.NONE:
         return untouched, "keep", f"no statistics in {', '.join(missing)}"
     _refuse_misfits(plan, recipe, shaped[0].shape[-1], known)
-    trimmed = trim(shaped, known, plan.treatment)
+    if isinstance(plan.treatment, Projection):
+        trimmed = projection.trim(shaped, known, plan.treatment, out=shaped)
+    else:
+        trimmed = trim(shaped, known, plan.treatment)
     back = [
         from_matrix(vector, plan.shape, plan.role, plan.transposed) if is_matrix else vector.reshape(plan.shape)
         for vector in trimmed.task_vectors
@@ -138,7 +145,7 @@ def log_rows(
     treatment: str,
     reason: str | None,
 ) -> list[dict[str, Any]]:
-    """The parameter's rows of the trim log, one per task; ``before`` are the untrimmed task vectors."""
+    """The parameter's rows of the trim log, one per task; ``before`` are what ``trim_parameter`` was given."""
     return [
         {
             "parameter": plan.name,
@@ -150,15 +157,15 @@ def log_rows(
             "reason": reason,
             "removed": trimmed.removed[k].count if trimmed.removed else 0,
             "scores": [float(score) for score in trimmed.removed[k].scores] if trimmed.removed else [],
-            "energy": float(before[k].double().square().sum()),
-            **_effect(trimmed.effects[k]),
+            **_effect(trimmed.effects[k], before[k]),
         }
         for k, task in enumerate(recipe.tasks)
     ]
 
 
-def _effect(effect: Effect) -> Mapping[str, float | None]:
+def _effect(effect: Effect, before: Tensor) -> Mapping[str, float | None]:
     return {
+        "energy": energy(before) if effect.energy is None else effect.energy,  # unmeasured is untouched
         "energy_removed": effect.energy_removed,
         "conflict_before": effect.conflict_before,
         "conflict_after": effect.conflict_after,

@@ -178,6 +178,19 @@ def test_a_method_that_needs_statistics_is_given_them(family: Family, tmp_path: 
     torch.testing.assert_close((done.merged()[name] - base).double(), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("data", [True, False], ids=["with data", "without"])
+def test_auto_uses_the_data_there_is(family: Family, data: bool, tmp_path: Path) -> None:
+    done = job(family, tmp_path, data=data, method="auto").run()
+    assert (Stage.CALIBRATE in done.outputs) is data
+    name = "bert.encoder.layer.0.output.dense.weight"
+    known = [done.statistics(k)[name] for k in range(3)] if data else [None] * 3
+    base, plain = vectors(family, name)
+    context = Context(name, Role.LINEAR, False, base, [str(k) for k in range(3)], known)
+    expected = merge(plain, [task.weight for task in done.recipe.tasks], done.recipe.method, context)
+    assert done.recipe.method.name == ("shrinkage" if data else "tsv_m")
+    torch.testing.assert_close(done.merged()[name], base + expected, rtol=1e-5, atol=1e-6)
+
+
 def test_statistics_are_not_asked_for_where_no_one_needs_them(family: Family, tmp_path: Path) -> None:
     done = job(family, tmp_path, data=True, method={"name": "tsv_m"}).run()
     assert Stage.CALIBRATE not in done.outputs

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from service.contract.errors import BadInput
-from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares
+from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares, stack_statistics
 
 
 def rows(n: int, width: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -90,3 +90,11 @@ def test_a_batch_that_does_not_fit_is_refused() -> None:
     for observe in (observe_rows, observe_squares):
         with pytest.raises(BadInput):
             observe(torch.ones(3), None)
+
+
+def test_a_scale_is_a_factor_on_the_factor() -> None:
+    rows = torch.arange(15.0).reshape(3, 5)
+    stacked = stack_statistics([Statistic(rows=1, factor=rows, scale=0.5), None])
+    assert stacked is not None
+    assert torch.equal(stacked.block(0).held, 0.5 * rows)
+    assert (stacked.scale, stacked.block_rows) == (1.0, (1, 0))

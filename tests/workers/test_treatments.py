@@ -16,8 +16,8 @@ from service.contract.treatments import TREATMENTS as ROWS
 from service.contract.treatments import Keep, Moments, Projection, ScaleMask, ShiftMask, Treatment
 from service.contract.treatments import Statistic as Needs
 from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares
-from workers.treatments import TREATMENTS, Removed, apply_removed, trim
-from workers.treatments.spectrum import Difference, dense, krylov, leading, low_rank
+from workers.treatments import TREATMENTS, Removed, apply_removed, projection, trim
+from workers.treatments.spectrum import Difference, dense, first_rows, krylov, leading, low_rank
 
 ROW_COUNTS = [5, 30, 3, 12]
 every_row = pytest.mark.parametrize("params", [row() for row in ROWS.values()], ids=lambda p: p.name)
@@ -312,15 +312,90 @@ def test_float32_agrees_with_float64() -> None:
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
 
 
-# --- the spectrum's three routes --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("restore_norm", [True, False])
+@pytest.mark.parametrize("turned", [True, False])
+def test_trimming_in_place_is_trimming(turned: bool, restore_norm: bool) -> None:
+    # Larger than a chunk, and of a size that is no multiple of one.
+    params = Projection(rank=3, balance=0.5, restore_norm=restore_norm)
+    task_vectors = [drawn(150, 1001, seed=k, dtype=torch.float32) for k in range(3)]
+    if turned:
+        task_vectors = [t.T.contiguous().T for t in task_vectors]
+    statistics = [observe_rows(x) for x in features(1001, 3)]
+    expected = trim(task_vectors, statistics, params)
+    again = apply_removed(task_vectors, expected.removed, params)
+    largest = [t.abs().flatten().kthvalue(t.numel() - 1502 + 1).values for t in task_vectors]  # 1 % of 150,150
+    gone = [before - after for before, after in zip(task_vectors, expected.task_vectors, strict=True)]
+    shares = [size(g[t.abs() >= at]) / size(g) for g, t, at in zip(gone, task_vectors, largest, strict=True)]
+    outcome = projection.trim(task_vectors, statistics, params, out=task_vectors)
+    for ours, theirs, recorded, place in zip(
+        outcome.task_vectors, expected.task_vectors, again, task_vectors, strict=True
+    ):
+        assert ours is place
+        assert torch.equal(ours, theirs)
+        assert torch.equal(ours, recorded)
+    assert outcome.effects == expected.effects
+    assert [effect.large_share for effect in outcome.effects] == pytest.approx(shares, rel=1e-4)
+
+
+def test_the_number_of_threads_changes_no_byte() -> None:
+    task_vectors = [drawn(300, 260, seed=k, dtype=torch.float32) for k in range(3)]
+    statistics = [observe_rows(drawn(200, 260, seed=50 + k)) for k in range(3)]
+    before = torch.get_num_threads()
+    outcomes = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outcomes.append(trim(task_vectors, statistics, Projection(balance=0.5)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for other in outcomes[1:]:
+        assert other.effects == outcomes[0].effects
+        for ours, theirs in zip(other.task_vectors, outcomes[0].task_vectors, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(11, 6), (6, 11), (40, 5000)])
+def test_task_vectors_stand_for_inputs_as_their_copies_do(shape: tuple[int, int]) -> None:
+    params = Projection(rank=2, balance=0.001)
+    task_vectors = [drawn(*shape, seed=k) for k in range(3)]
+    scales = [1 / math.sqrt(size(t)) for t in task_vectors]
+    copies = [Statistic(rows=1, factor=t * scale) for t, scale in zip(task_vectors, scales, strict=True)]
+    expected = trim(task_vectors, copies, params)
+    same = [Statistic(rows=1, factor=t, scale=scale) for t, scale in zip(task_vectors, scales, strict=True)]
+    outcome = projection.trim(task_vectors, same, params, out=task_vectors)
+    for ours, theirs in zip(outcome.task_vectors, expected.task_vectors, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    for left, right in zip(outcome.effects, expected.effects, strict=True):
+        assert astuple(left) == pytest.approx(astuple(right), rel=1e-7, abs=1e-12)
+
+
+@pytest.mark.parametrize(("out", "rows"), [(200, 90), (1100, 100), (1100, 20)])
+def test_float32_takes_the_directions_of_the_plain_form(out: int, rows: int) -> None:
+    # By a square that is formed, by its columns, and by their factorization.
+    params = Projection(rank=3, balance=2.0)
+    spread = torch.logspace(0, -2, 96, dtype=torch.float64)
+    task_vectors = [drawn(out, 96, seed=k) for k in range(3)]
+    xs = [drawn(rows, 96, seed=50 + k) * spread for k in range(3)]
+    expected, projectors = plain_projection(task_vectors, [x.T @ x / len(x) for x in xs], params)
+    outcome = trim([t.float() for t in task_vectors], [observe_rows(x) for x in xs], params)
+    for ours, theirs in zip(outcome.task_vectors, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-4)
+    for removed, projector in zip(outcome.removed, projectors, strict=True):
+        wide = removed.directions.double()
+        torch.testing.assert_close(wide @ wide.T, projector, rtol=0, atol=2e-5)
+
+
+# --- the spectrum's routes --------------------------------------------------------------------------------------------
 
 
 def difference(size: int, gain: int, cost: int, seed: int = 0) -> Difference:
     decay = torch.logspace(0, -2, max(gain, cost), dtype=torch.float64)
-    return Difference(drawn(size, gain, seed=seed) * decay[:gain], drawn(size, cost, seed=seed + 1) * decay[:cost])
+    gains, costs = drawn(size, gain, seed=seed) * decay[:gain], drawn(size, cost, seed=seed + 1) * decay[:cost]
+    return Difference(gains.tensor_split(2, dim=1), [costs])
 
 
-def projector(vectors: Tensor) -> Tensor:
+def onto(vectors: Tensor) -> Tensor:
     return vectors @ vectors.T
 
 
@@ -330,9 +405,9 @@ def test_the_low_rank_route_and_the_dense_one_agree(positive_only: bool) -> None
     values, vectors = dense(matrix)
     small_values, small_vectors = low_rank(matrix)
     torch.testing.assert_close(small_values[:4], values[:4])
-    torch.testing.assert_close(projector(small_vectors[:, :4]), projector(vectors[:, :4]))
+    torch.testing.assert_close(onto(small_vectors[:, :4]), onto(vectors[:, :4]))
     found = leading(matrix, 4, positive_only=positive_only, precision=1e-16)
-    torch.testing.assert_close(projector(found.vectors), projector(vectors[:, :4]))
+    torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :4]))
 
 
 def test_directions_of_eigenvalue_zero_are_found_where_they_are_wanted() -> None:
@@ -340,20 +415,23 @@ def test_directions_of_eigenvalue_zero_are_found_where_they_are_wanted() -> None
     assert len(leading(matrix, 9, positive_only=True, precision=1e-16).values) == 3
     found = leading(matrix, 9, positive_only=False, precision=1e-16)
     assert len(found.values) == 9
-    torch.testing.assert_close(projector(found.vectors) @ found.vectors, found.vectors)
+    torch.testing.assert_close(onto(found.vectors) @ found.vectors, found.vectors)
 
 
 def test_the_iteration_agrees_with_the_dense_route() -> None:
     matrix = difference(300, 180, 140)
     values, vectors = dense(matrix)
-    found = krylov(matrix, 5, tolerance=1e-12, limit=200)
+    start = first_rows(matrix, 9)
+    found = krylov(matrix.times, start, 5, tolerance=1e-12, limit=200, floor=-math.inf)
     assert found is not None
     torch.testing.assert_close(found.values, values[:5])
-    torch.testing.assert_close(projector(found.vectors), projector(vectors[:, :5]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :5]), rtol=0, atol=1e-9)
 
 
 def test_the_iteration_gives_up_in_too_small_a_space() -> None:
-    assert krylov(difference(300, 180, 140), 5, tolerance=1e-12, limit=32) is None
+    matrix = difference(300, 180, 140)
+    start = first_rows(matrix, 9)
+    assert krylov(matrix.times, start, 5, tolerance=1e-12, limit=32, floor=-math.inf) is None
 
 
 @pytest.mark.parametrize("gain", [400, 2])
@@ -364,13 +442,13 @@ def test_a_large_problem_takes_the_same_directions(gain: int) -> None:
     found = leading(matrix, 5, positive_only=True, precision=1e-16)
     count = min(5, gain)
     torch.testing.assert_close(found.values, values[:count])
-    torch.testing.assert_close(projector(found.vectors), projector(vectors[:, :count]), rtol=0, atol=1e-9)
+    torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :count]), rtol=0, atol=1e-9)
 
 
 def test_rounding_noise_is_not_positive() -> None:
     same = drawn(20, 6, seed=1)
     turned = same @ torch.linalg.qr(drawn(6, 6, seed=2)).Q
-    for matrix in (Difference(same, turned), Difference(turned, same)):
+    for matrix in (Difference([same], [turned]), Difference([turned], [same])):
         assert len(leading(matrix, 4, positive_only=True, precision=1e-16).values) == 0
 
 
@@ -467,4 +545,4 @@ def test_keep_keeps() -> None:
     task_vectors = [drawn(3, 4, seed=k) for k in range(2)]
     outcome = trim(task_vectors, [None, None], Keep())
     assert all(torch.equal(a, b) for a, b in zip(outcome.task_vectors, task_vectors, strict=True))
-    assert {astuple(e) for e in outcome.effects} == {(0.0, None, None, None, None)}
+    assert {astuple(e) for e in outcome.effects} == {(0.0, None, None, None, None, None)}

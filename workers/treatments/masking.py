@@ -51,7 +51,8 @@ def effect(before: Tensor, after: Tensor) -> Effect:
     """What masking did, as far as one can tell without features."""
     entries = before.flatten().double()
     gone = entries - after.flatten().double()
-    return Effect(energy_removed=share(energy(gone), energy(entries)), large_share=large_share(entries, gone))
+    whole = energy(entries)
+    return Effect(energy=whole, energy_removed=share(energy(gone), whole), large_share=large_share(entries, gone))
 
 
 def _masked(before: Tensor, removed: Sequence[Removed], i: int, restore_norm: bool) -> Tensor:

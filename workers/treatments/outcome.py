@@ -64,10 +64,10 @@ class Removed:
 class Effect:
     """What trimming did to one task's vector; None where there is nothing to measure.
 
-    ``energy_removed`` is ||before - after||^2 / ||before||^2. ``conflict_before`` and ``conflict_after`` sum, over the
-    other tasks k, the second moment of the vector's response to task k's inputs. ``own_response_lost`` is the share of
-    its response to its own inputs that is gone, ``large_share`` the share of the removed energy that sat in its largest
-    1 % of entries.
+    ``energy`` is ||before||^2, and ``energy_removed`` ||before - after||^2 as a share of it. ``conflict_before`` and
+    ``conflict_after`` sum, over the other tasks k, the second moment of the vector's response to task k's inputs.
+    ``own_response_lost`` is the share of its response to its own inputs that is gone, ``large_share`` the share of the
+    removed energy that sat in its largest 1 % of entries.
     """
 
     energy_removed: float = 0.0
@@ -75,6 +75,7 @@ class Effect:
     conflict_after: float | None = None
     own_response_lost: float | None = None
     large_share: float | None = None
+    energy: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,45 +11,54 @@ from torch import Tensor
 
 from service.contract.treatments import Moments, Projection
 from workers.statistics import Statistic
-from workers.treatments.outcome import (
-    Effect,
-    Removed,
-    Trimmed,
-    check_alike,
-    energy,
-    known,
-    large_share,
-    norm_factor,
-    share,
-)
-from workers.treatments.spectrum import Difference, leading
+from workers.threads import one_thread, shared_out
+from workers.treatments.outcome import Effect, Removed, Trimmed, check_alike, energy, known, share
+from workers.treatments.removal import Removal, Stripped, look, take
+from workers.treatments.spectrum import Difference, is_formed, leading
+
+ALONE = 1 << 15  # entries of a task vector below which no other thread pays
+# All answers are held at once, rather than computed task by task, where they take no more than
+HELD_SHARE = 2  # task vectors' worth of memory, or
+HELD_ENTRIES = 1 << 24  # entries
 
 
-def trim(task_vectors: Sequence[Tensor], statistics: Sequence[Statistic | None], params: Projection) -> Trimmed:
+def trim(
+    task_vectors: Sequence[Tensor],
+    statistics: Sequence[Statistic | None],
+    params: Projection,
+    out: Sequence[Tensor] | None = None,
+) -> Trimmed:
     """Project the basis B_k of every other task k out of each task vector ``[out, in]``, in the order of the tasks.
 
     B_k holds the eigenvectors of the ``params.rank`` largest eigenvalues (positive ones only, unless ``params`` says
     otherwise) of G_k = sum_{i != k} T_i (S_k - balance * S_i) T_i^T, taken from the untrimmed task vectors:
-    CAT Merging, arXiv:2505.06977, in the layout of ``torch.nn.Linear``. Beside its inputs and outputs this holds one
-    response ``[out, sum over tasks of r]`` per task, r being the rows of a statistic's factor.
+    CAT Merging, arXiv:2505.06977, in the layout of ``torch.nn.Linear``. With r the rows of a statistic's factor, this
+    holds the tasks' answers to their own inputs ``[out, r]`` and those of all tasks to one task's, beside what is
+    trimmed. ``out`` is where that goes; it may be the task vectors themselves.
 
     Raises:
         BadInput: task vectors differ in shape or type, or a statistic is missing, empty or of another width.
         BadTensor: a task vector or a statistic holds NaN or infinity.
     """
     check_alike(task_vectors, dimensions=2)
-    usable = known(statistics, tasks=len(task_vectors), width=task_vectors[0].shape[1])
-    responses = _responses(task_vectors, usable, params.moments)
-    removed = [_disturbed(responses, k, params) for k in range(len(task_vectors))]
-    trimmed: list[Tensor] = []
-    effects: list[Effect] = []
-    for i, before in enumerate(task_vectors):
-        removal = _removal(removed, i)
-        after, factor = _strip(before, removal, params)
-        response_after = _Response(removal.from_columns(responses[i].columns) * factor, responses[i].widths)
-        trimmed.append(after)
-        effects.append(_effect(before, after, responses[i], response_after, i))
-    return Trimmed(trimmed, removed, effects)
+    roots = [_root(s, params.moments, like=task_vectors[0]) for s in _usable(task_vectors, statistics)]
+    places = [torch.empty_like(vector) for vector in task_vectors] if out is None else out
+    tasks = range(len(task_vectors))
+    with one_thread() as threads:
+        threads = threads if task_vectors[0].numel() >= ALONE else 1
+        answers = _Answers.of(task_vectors, roots, threads)
+        found = shared_out(lambda k: _disturbed(answers, k, params), tasks, threads)
+        removals = [Removal.on_behalf([part for part, _ in found], i) for i in tasks]
+
+        def looked(i: int) -> tuple[Stripped, list[Tensor]]:
+            stripped = look(task_vectors[i], removals[i], restore_norm=params.restore_norm, measure=True)
+            return stripped, [root.answer(stripped.coefficients) for root in roots]
+
+        # All are looked at before any is changed: without exemplars, task vectors stand for inputs too.
+        seen = shared_out(looked, tasks, threads)
+        shared_out(lambda i: take(task_vectors[i], removals[i], seen[i][0], places[i]), tasks, threads)
+    effects = [_effect(removals[i], *seen[i], [squares[i] for _, squares in found], i) for i in tasks]
+    return Trimmed(list(places), [part for part, _ in found], effects)
 
 
 def apply_removed(task_vectors: Sequence[Tensor], removed: Sequence[Removed], params: Projection) -> list[Tensor]:
@@ -59,109 +68,133 @@ def apply_removed(task_vectors: Sequence[Tensor], removed: Sequence[Removed], pa
         BadInput: task vectors differ in shape or type.
     """
     check_alike(task_vectors, dimensions=2)
-    return [_strip(before, _removal(removed, i), params)[0] for i, before in enumerate(task_vectors)]
+    places = [torch.empty_like(vector) for vector in task_vectors]
+    with one_thread():
+        for i, before in enumerate(task_vectors):
+            removal = Removal.on_behalf(removed, i)
+            take(before, removal, look(before, removal, restore_norm=params.restore_norm, measure=False), places[i])
+    return places
 
 
 @dataclass(frozen=True, eq=False)
 class _Root:
-    """A square root of S_k: ``weights`` are R_k^T ``[in, r]``, or for one-hot inputs ``[r]``, one per index seen."""
+    """A square root of S_k: ``scale`` times R_k ``[r, in]``, or for one-hot inputs ``weights [r]`` per index seen."""
 
     weights: Tensor
+    scale: float = 1.0
     indices: Tensor | None = None
 
-    def response(self, task_vector: Tensor) -> Tensor:
-        """T R_k^T, ``[out, r]``."""
+    @property
+    def rows(self) -> int:
+        return self.weights.shape[0]
+
+    def answer(self, columns: Tensor) -> Tensor:
+        """T R_k^T ``[out, r]`` for T ``[out, in]``."""
         if self.indices is None:
-            return task_vector @ self.weights
-        return task_vector.index_select(1, self.indices) * self.weights
+            return (columns @ self.weights.T).mul_(self.scale)
+        # An embedding lies turned around, so that what was seen lies in rows.
+        return (columns.T.index_select(0, self.indices) * self.weights[:, None]).T
 
 
 @dataclass(frozen=True, eq=False)
-class _Response:
-    """How one task vector answers every task's inputs: T R_k^T ``[out, r_k]``, side by side for all tasks k."""
+class _Answers:
+    """How task vectors answer tasks' inputs: T_i R_k^T ``[out, r_k]``.
 
-    columns: Tensor
-    widths: list[int]
-
-    def to_task(self, k: int) -> Tensor:
-        return self.columns.narrow(1, sum(self.widths[:k]), self.widths[k])
-
-    def energies(self) -> list[float]:
-        """Per task k, the second moment of the answer to its inputs."""
-        per_column = self.columns.square().sum(0, dtype=torch.float64).cpu()
-        return [float(part.sum()) for part in torch.split(per_column, self.widths)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Removal:
-    """The product (I - B_m B_m^T) ... (I - B_1 B_1^T) as I - V L^-1 V^T, with V = [B_1 ... B_m].
-
-    The coefficients of the projections obey a_k = B_k^T (T - sum_{j < k} B_j a_j), which is a unit lower triangular
-    system in the overlaps V^T V. Solving it once reads a large tensor twice, whatever the number of tasks.
+    Their ``own`` are all held, the others' too where they are narrow; otherwise those are computed when asked for.
     """
 
-    directions: Tensor
-    overlaps: Tensor
+    task_vectors: Sequence[Tensor]
+    roots: Sequence[_Root]
+    own: list[Tensor]
+    held: list[list[Tensor]] | None = None
+    own_squares: Sequence[Tensor] = ()  # of the own answers, [out, out], where every G_k will be made from them
 
-    def from_columns(self, columns: Tensor) -> Tensor:
-        """What is left of ``columns [out, n]``."""
-        if self.directions.shape[1] == 0:
-            return columns.clone()
-        along = self.directions.T @ columns
-        coefficients = torch.linalg.solve_triangular(self.overlaps, along, upper=False, unitriangular=True)
-        return torch.addmm(columns, self.directions, coefficients, alpha=-1)
+    @classmethod
+    def of(cls, task_vectors: Sequence[Tensor], roots: Sequence[_Root], threads: int) -> _Answers:
+        tasks, (size, width) = range(len(task_vectors)), task_vectors[0].shape
+        columns = sum(root.rows for root in roots)
+        held, squares = None, []
+        is_small = len(tasks) * columns * size <= max(HELD_SHARE * width * size, HELD_ENTRIES)
+        if is_small and all(root.indices is None for root in roots):
+            answered = _mirrored if _stand_for_inputs(task_vectors, roots) else _answered
+            held = answered(task_vectors, roots, threads)
+            own = [held[i][i] for i in tasks]
+        else:
+            own = shared_out(lambda i: roots[i].answer(task_vectors[i]), tasks, threads)
+        if is_formed(size, 2 * columns * (len(tasks) - 1) // len(tasks)):  # half of them gains, half costs
+            squares = shared_out(lambda answer: answer @ answer.T, own, threads)
+        return cls(task_vectors, roots, own, held, squares)
+
+    def to(self, k: int, i: int) -> Tensor:
+        """How task vector ``i`` answers task ``k``'s inputs."""
+        if i == k:
+            return self.own[k]
+        return self.roots[k].answer(self.task_vectors[i]) if self.held is None else self.held[i][k]
 
 
-def _responses(task_vectors: Sequence[Tensor], statistics: Sequence[Statistic], moments: Moments) -> list[_Response]:
-    roots = [_root(s, moments, like=task_vectors[0]) for s in statistics]
-    widths = [root.weights.shape[-1] for root in roots]
-    return [_Response(torch.cat([root.response(t) for root in roots], dim=1), widths) for t in task_vectors]
+def _answered(task_vectors: Sequence[Tensor], roots: Sequence[_Root], threads: int) -> list[list[Tensor]]:
+    """All answers, by task vector and by task: each task vector is read once."""
+    together = torch.cat([root.weights * root.scale for root in roots]).T
+    widths = [root.rows for root in roots]
+    return shared_out(lambda vector: list(torch.split(vector @ together, widths, dim=1)), task_vectors, threads)
+
+
+def _stand_for_inputs(task_vectors: Sequence[Tensor], roots: Sequence[_Root]) -> bool:
+    return all(root.weights is vector for root, vector in zip(roots, task_vectors, strict=True))
+
+
+def _mirrored(task_vectors: Sequence[Tensor], roots: Sequence[_Root], threads: int) -> list[list[Tensor]]:
+    """As ``_answered``, where the factors are the task vectors: T_k T_i^T is the transpose of T_i T_k^T."""
+    tasks = range(len(task_vectors))
+    pairs = [(i, k) for i in tasks for k in tasks[i:]]
+    found = shared_out(lambda pair: task_vectors[pair[0]] @ task_vectors[pair[1]].T, pairs, threads)
+    products = dict(zip(pairs, found, strict=True))
+    both = {**{(k, i): product.T for (i, k), product in products.items()}, **products}
+    return [[both[i, k] * roots[k].scale for k in tasks] for i in tasks]
+
+
+def _usable(task_vectors: Sequence[Tensor], statistics: Sequence[Statistic | None]) -> list[Statistic]:
+    return known(statistics, tasks=len(task_vectors), width=task_vectors[0].shape[1])
 
 
 def _root(statistic: Statistic, moments: Moments, *, like: Tensor) -> _Root:
     divisor = statistic.rows if moments == "mean" else 1
     if statistic.diagonal is None:
-        return _Root(statistic.held.to(like).T / math.sqrt(divisor))
+        return _Root(statistic.held.to(like), statistic.scale / math.sqrt(divisor))
     diagonal = statistic.diagonal.to(like.device, torch.float64) / divisor
     seen = diagonal.nonzero().flatten()
-    return _Root(diagonal[seen].sqrt().to(like.dtype), seen)
+    return _Root(diagonal[seen].sqrt().to(like.dtype), indices=seen)
 
 
-def _disturbed(responses: Sequence[_Response], k: int, params: Projection) -> Removed:
-    columns = responses[k].columns
-    others = [(i, response) for i, response in enumerate(responses) if i != k]
-    nothing = columns[:, :0]
-    conflict = Difference(
-        gain=torch.cat([nothing, *(response.to_task(k) for _, response in others)], dim=1),
-        cost=torch.cat([nothing, *(response.to_task(i) for i, response in others)], dim=1) * math.sqrt(params.balance),
-    )
+def _disturbed(answers: _Answers, k: int, params: Projection) -> tuple[Removed, list[float]]:
+    """What is removed on task k's behalf, and the squares of every task vector's answer to its inputs."""
+    tasks = range(len(answers.task_vectors))
+    to_k = [answers.to(k, i) for i in tasks]
+    others = [i for i in tasks if i != k]
+    gains = [to_k[i] for i in others] or [to_k[k][:, :0]]
+    squares = [answers.own_squares[i] for i in others] if answers.own_squares else ()
+    conflict = Difference(gains, [answers.own[i] for i in others], params.balance, squares)
     rank = params.rank if others else 0
-    precision = torch.finfo(columns.dtype).eps
+    precision = torch.finfo(gains[0].dtype).eps
     values, vectors = leading(conflict, rank, positive_only=params.positive_only, precision=precision)
-    return Removed(scores=values, basis=vectors.to(columns.dtype))
+    return Removed(scores=values, basis=vectors.to(gains[0].dtype)), [energy(answer) for answer in to_k]
 
 
-def _removal(removed: Sequence[Removed], i: int) -> _Removal:
-    bases = [r.directions[:, :0] if k == i else r.directions for k, r in enumerate(removed)]
-    directions = torch.cat(bases, dim=1)
-    wide = directions.double()
-    return _Removal(directions, (wide.T @ wide).to(directions.dtype))
-
-
-def _strip(before: Tensor, removal: _Removal, params: Projection) -> tuple[Tensor, float]:
-    after = removal.from_columns(before)
-    factor = norm_factor(before, after, restore=params.restore_norm)
-    return (after if factor == 1.0 else after * factor), factor
-
-
-def _effect(before: Tensor, after: Tensor, answered: _Response, answer: _Response, i: int) -> Effect:
-    gone = before - after
-    energies_before, energies_after = answered.energies(), answer.energies()
-    own_lost = energy(answered.to_task(i) - answer.to_task(i))
+def _effect(
+    removal: Removal, stripped: Stripped, answers: Sequence[Tensor], squares: Sequence[float], i: int
+) -> Effect:
+    """``squares`` are those of the untrimmed vector's answers, per task; ``answers`` are those of its coefficients."""
+    factor = stripped.factor
+    after = [factor**2 * max(0.0, square - energy(a)) for square, a in zip(squares, answers, strict=True)]
+    own = answers[i]
+    # T - f (T - V a) = (1 - f) T + f V a, whose square has three terms.
+    lost = (1 - factor) ** 2 * squares[i] + 2 * factor * (1 - factor) * removal.along(own)
+    lost += factor**2 * removal.square_of(own)
     return Effect(
-        energy_removed=share(energy(gone), energy(before)),
-        conflict_before=sum(energies_before) - energies_before[i],
-        conflict_after=sum(energies_after) - energies_after[i],
-        own_response_lost=share(own_lost, energies_before[i]),
-        large_share=large_share(before, gone),
+        energy=stripped.whole,
+        energy_removed=share(stripped.gone, stripped.whole),
+        conflict_before=sum(squares) - squares[i],
+        conflict_after=sum(after) - after[i],
+        own_response_lost=share(lost, squares[i]),
+        large_share=stripped.large / stripped.gone if stripped.gone > 0 else None,
     )
