@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from service.contract.methods import METHODS
+from service.contract.presets import PRESETS
 from service.contract.treatments import TREATMENTS, Role, Statistic
 
 router = APIRouter(prefix="/v1", tags=["catalogue"])
@@ -40,11 +41,23 @@ class TreatmentView(BaseModel):
     parameters: dict[str, Any] = Field(description="JSON Schema of `parameters` in an entry of `treatments`")
 
 
+class PresetView(BaseModel):
+    """A method with all its parameters under one name."""
+
+    object: Literal["preset"] = "preset"
+    name: str = Field(description="What a recipe may give as `method`")
+    summary: str
+    source: str
+    method: dict[str, Any] = Field(description="What the name stands for, and what a stored recipe holds in its place")
+    without_data: dict[str, Any] = Field(description="The same where tasks bring neither exemplars nor statistics")
+
+
 class MethodList(BaseModel):
-    """Every merge method."""
+    """Every merge method, and the presets."""
 
     object: Literal["list"] = "list"
     data: list[MethodView]
+    presets: list[PresetView]
     has_more: Literal[False] = False
 
 
@@ -58,12 +71,22 @@ class TreatmentList(BaseModel):
 
 @router.get("/methods")
 def list_methods() -> MethodList:
-    """List the merge methods, with their papers and parameters."""
+    """List the merge methods, with their papers and parameters, and the presets that name some of them."""
     return MethodList(
         data=[
             MethodView(name=name, paper=row.paper, trims=row.trims, any_order=row.any_order, **_described(row))
             for name, row in METHODS.items()
-        ]
+        ],
+        presets=[
+            PresetView(
+                name=row.name,
+                summary=row.why,
+                source=row.source,
+                method=row.method.model_dump(mode="json"),
+                without_data=row.without_data.model_dump(mode="json"),
+            )
+            for row in PRESETS.values()
+        ],
     )
 
 

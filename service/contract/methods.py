@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +14,7 @@ Proxy = Literal["task_vector", "covariance", "subspace"]
 Scope = Literal["model", "tensor"]
 Combine = Literal["linear", "ties"]
 Rescale = Literal["density", "l1"]
+Pieces = Literal["none", "entries", "rows"]
 
 MATRICES = (Role.LINEAR, Role.CONVOLUTION, Role.GROUPED_CONVOLUTION, Role.EXPERTS)
 
@@ -24,8 +25,11 @@ class Method(Frozen):
     ``trims`` says whether task vectors are treated before they are combined, ``combines`` which function of
     ``workers.methods`` combines them, ``any_order`` that the order of tasks does not matter beyond rounding,
     ``draws`` that random numbers are drawn (from the recipe's seed), ``task_limit`` how many tasks it takes at most,
-    ``observes`` the roles whose inputs it must have statistics of in order to combine them, ``by_matrix`` that it
-    looks at whole matrices, so that stacked ones are merged one by one.
+    ``observes`` the roles whose inputs it wants statistics of in order to combine them, and ``without`` what becomes
+    of such a parameter that has none, ``by_matrix`` that it looks at whole matrices, so that stacked ones are merged
+    one by one. ``pieces`` says in which pieces a parameter is merged: entries in a row, whole rows of its matrices, or
+    none, where the function needs the whole parameter; ``looks`` that it has to look at all pieces before it can merge
+    the first; ``drops`` that an entry, were it NaN or infinite, could be left out unnoticed.
     """
 
     paper: ClassVar[str] = "none"
@@ -35,7 +39,11 @@ class Method(Frozen):
     draws: ClassVar[bool] = False
     task_limit: ClassVar[int | None] = None
     observes: ClassVar[tuple[Role, ...]] = ()
+    without: ClassVar[str] = ""
     by_matrix: ClassVar[bool] = False
+    pieces: ClassVar[Pieces] = "none"
+    looks: ClassVar[bool] = False
+    drops: ClassVar[bool] = True
 
     @property
     def combining(self) -> Method:
@@ -50,7 +58,11 @@ class Method(Frozen):
     @property
     def entrywise(self) -> bool:
         """Whether an entry of the result depends on nothing but the same entry of what is merged, and its place."""
-        return False
+        return self.pieces == "entries" and not self.looks
+
+    def sum_weights(self, weights: Sequence[float]) -> list[float] | None:  # noqa: ARG002 (sums look at them)
+        """The factor on each task vector, from the tasks' weights, where the update is nothing but their sum."""
+        return None
 
     @property
     def surveys(self) -> tuple[float, ...]:
@@ -79,13 +91,14 @@ class TaskArithmetic(Method):
 
     paper: ClassVar[str] = "Editing Models with Task Arithmetic, Ilharco et al., ICLR 2023, arXiv:2212.04089"
     combines: ClassVar[str] = "task_arithmetic"
+    pieces: ClassVar[Pieces] = "entries"
+    drops: ClassVar[bool] = False
 
     name: Literal["task_arithmetic"] = "task_arithmetic"
     scaling: float = Field(0.4, ge=0, le=100, description="Factor on the sum of task vectors")
 
-    @property
-    def entrywise(self) -> bool:
-        return True
+    def sum_weights(self, weights: Sequence[float]) -> list[float]:
+        return [self.scaling * weight for weight in weights]
 
 
 class Average(Method):
@@ -93,12 +106,13 @@ class Average(Method):
 
     paper: ClassVar[str] = "Model soups, Wortsman et al., ICML 2022, arXiv:2203.05482"
     combines: ClassVar[str] = "average"
+    pieces: ClassVar[Pieces] = "entries"
+    drops: ClassVar[bool] = False
 
     name: Literal["average"] = "average"
 
-    @property
-    def entrywise(self) -> bool:
-        return True
+    def sum_weights(self, weights: Sequence[float]) -> list[float]:
+        return [weight / sum(weights) for weight in weights]
 
 
 class Ties(Method):
@@ -110,6 +124,8 @@ class Ties(Method):
 
     paper: ClassVar[str] = "TIES-Merging, Yadav et al., NeurIPS 2023, arXiv:2306.01708"
     combines: ClassVar[str] = "ties"
+    pieces: ClassVar[Pieces] = "entries"
+    looks: ClassVar[bool] = True
 
     name: Literal["ties"] = "ties"
     scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector")
@@ -139,6 +155,8 @@ class Dare(Method):
 
     paper: ClassVar[str] = "Language Models are Super Mario (DARE), Yu et al., ICML 2024, arXiv:2311.03099"
     combines: ClassVar[str] = "dare"
+    pieces: ClassVar[Pieces] = "entries"
+    looks: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
     name: Literal["dare"] = "dare"
@@ -165,6 +183,8 @@ class Della(Method):
 
     paper: ClassVar[str] = "DELLA-Merging, Deep et al., 2024, arXiv:2406.11617"
     combines: ClassVar[str] = "della"
+    pieces: ClassVar[Pieces] = "rows"
+    looks: ClassVar[bool] = True
     draws: ClassVar[bool] = True
 
     name: Literal["della"] = "della"
@@ -193,6 +213,8 @@ class Breadcrumbs(Method):
 
     paper: ClassVar[str] = "Model Breadcrumbs, Davari and Belilovsky, ECCV 2024, arXiv:2312.06795"
     combines: ClassVar[str] = "breadcrumbs"
+    pieces: ClassVar[Pieces] = "entries"
+    looks: ClassVar[bool] = True
 
     name: Literal["breadcrumbs"] = "breadcrumbs"
     combine: Combine = Field("linear", description="Add what is left (linear), or elect signs first (ties)")
@@ -226,6 +248,9 @@ class Slerp(Method):
 
     paper: ClassVar[str] = "Animating Rotation with Quaternion Curves, Shoemake, SIGGRAPH 1985"
     combines: ClassVar[str] = "slerp"
+    pieces: ClassVar[Pieces] = "entries"
+    looks: ClassVar[bool] = True
+    drops: ClassVar[bool] = False
     any_order: ClassVar[bool] = False
     task_limit: ClassVar[int | None] = 2
 
@@ -247,6 +272,9 @@ class Karcher(Method):
 
     paper: ClassVar[str] = "Riemannian Center of Mass and Mollifier Smoothing, Karcher, Comm. Pure Appl. Math. 1977"
     combines: ClassVar[str] = "karcher"
+    pieces: ClassVar[Pieces] = "entries"
+    looks: ClassVar[bool] = True
+    drops: ClassVar[bool] = False
 
     name: Literal["karcher"] = "karcher"
     steps: int = Field(100, ge=1, le=10_000, description="Iterations at most")
@@ -262,6 +290,9 @@ class ModelStock(Method):
 
     paper: ClassVar[str] = "Model Stock, Jang et al., ECCV 2024, arXiv:2403.19522"
     combines: ClassVar[str] = "model_stock"
+    pieces: ClassVar[Pieces] = "entries"
+    looks: ClassVar[bool] = True
+    drops: ClassVar[bool] = False
 
     name: Literal["model_stock"] = "model_stock"
     scaling: float = Field(1.0, ge=0, le=100, description="Factor on the result; the paper has none")
@@ -272,6 +303,8 @@ class Sce(Method):
 
     paper: ClassVar[str] = "FuseChat (SCE), Wan et al., 2024, arXiv:2408.07990"
     combines: ClassVar[str] = "sce"
+    pieces: ClassVar[Pieces] = "entries"
+    looks: ClassVar[bool] = True
 
     name: Literal["sce"] = "sce"
     scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector; the paper has none")
@@ -289,6 +322,7 @@ class Consensus(Method):
         "arXiv:2405.07813"
     )
     combines: ClassVar[str] = "consensus"
+    pieces: ClassVar[Pieces] = "entries"
 
     name: Literal["consensus"] = "consensus"
     scaling: float = Field(0.4, ge=0, le=100, description="Factor on the masked sum")
@@ -308,6 +342,8 @@ class Pcb(Method):
         "Parameter Competition Balancing for Model Merging, Du et al., NeurIPS 2024, arXiv:2410.02396"
     )
     combines: ClassVar[str] = "pcb"
+    pieces: ClassVar[Pieces] = "entries"
+    looks: ClassVar[bool] = True
 
     name: Literal["pcb"] = "pcb"
     scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector")
@@ -318,7 +354,8 @@ class Pcb(Method):
 class TsvM(Method):
     """Keep each task's leading singular vectors, an equal share of the rank each, and decorrelate them.
 
-    Biases, scales and other tensors that are no matrix are averaged.
+    For linear weights and convolutions. Biases, scales and all else are averaged, tables of tokens and positions too:
+    their rows are separate vectors, which singular directions only mix.
     """
 
     paper: ClassVar[str] = "Task Singular Vectors (TSV-M), Gargiulo et al., CVPR 2025, arXiv:2412.00081"
@@ -326,13 +363,13 @@ class TsvM(Method):
     by_matrix: ClassVar[bool] = True
 
     name: Literal["tsv_m"] = "tsv_m"
-    scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector")
+    scaling: float = Field(1.4, ge=0, le=100, description="Factor on the merged task vector")
 
 
 class IsoC(Method):
     """Sum the task vectors and make all singular values of the sum equal to their mean.
 
-    Biases, scales and other tensors that are no matrix are averaged.
+    For linear weights and convolutions; all else is averaged, tables of tokens and positions too.
     """
 
     paper: ClassVar[str] = "No Task Left Behind (Iso-C), Marczak et al., ICML 2025, arXiv:2502.04959"
@@ -340,13 +377,13 @@ class IsoC(Method):
     by_matrix: ClassVar[bool] = True
 
     name: Literal["iso_c"] = "iso_c"
-    scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector")
+    scaling: float = Field(1.7, ge=0, le=100, description="Factor on the merged task vector")
 
 
 class IsoCts(Method):
     """As Iso-C, with the least of the common directions replaced by directions of single tasks.
 
-    Biases, scales and other tensors that are no matrix are averaged.
+    For linear weights and convolutions; all else is averaged, tables of tokens and positions too.
     """
 
     paper: ClassVar[str] = "No Task Left Behind (Iso-CTS), Marczak et al., ICML 2025, arXiv:2502.04959"
@@ -354,7 +391,7 @@ class IsoCts(Method):
     by_matrix: ClassVar[bool] = True
 
     name: Literal["iso_cts"] = "iso_cts"
-    scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector")
+    scaling: float = Field(1.7, ge=0, le=100, description="Factor on the merged task vector")
     common: float = Field(0.8, ge=0, le=1, description="Share of directions that is taken from the sum")
 
 
@@ -370,6 +407,7 @@ class Lot(Method):
     combines: ClassVar[str] = "lot"
     by_matrix: ClassVar[bool] = True
     observes: ClassVar[tuple[Role, ...]] = (*MATRICES, Role.EMBEDDING, Role.SCALE)
+    without: ClassVar[str] = "averaged"
 
     name: Literal["lot"] = "lot"
     scaling: float = Field(1.0, ge=0, le=100, description="Factor on the merged task vector")
@@ -391,6 +429,7 @@ class Regmean(Method):
     combines: ClassVar[str] = "regmean"
     by_matrix: ClassVar[bool] = True
     observes: ClassVar[tuple[Role, ...]] = MATRICES
+    without: ClassVar[str] = "averaged"
 
     name: Literal["regmean"] = "regmean"
     off_diagonal: float = Field(0.9, ge=0, le=1, description="Factor on each second moment's off-diagonal entries")
@@ -421,6 +460,34 @@ class Wudi(Method):
     )
 
 
+class Shrinkage(Method):
+    """Change the tasks' outputs least, on the inputs that were seen and on those that the task vectors stand for.
+
+    Minimizes sum_k tr((T - T_k) M_k (T - T_k)^T) for linear weights and convolutions, M_k being the second moment of
+    task k's inputs, of trace 1, shrunk towards T_k^T T_k: LOT at proxy 0, WUDI's closed form at proxy 1, both damped. A
+    few exemplars leave most directions unseen; the rows of a task vector are sums of the inputs that it was trained on.
+    Without exemplars or statistics the task vectors do alone. All else is averaged.
+    """
+
+    paper: ClassVar[str] = (
+        "This project, from LOT Merging (arXiv:2505.23859), WUDI-Merging (arXiv:2503.08099) and shrinkage of "
+        "covariances (Ledoit and Wolf, J. Multivariate Analysis 2004)"
+    )
+    combines: ClassVar[str] = "shrinkage"
+    by_matrix: ClassVar[bool] = True
+    observes: ClassVar[tuple[Role, ...]] = MATRICES
+    without: ClassVar[str] = "merged by their task vectors alone"
+
+    name: Literal["shrinkage"] = "shrinkage"
+    scaling: float = Field(1.3, ge=0, le=100, description="Factor on the merged task vector")
+    proxy: float = Field(0.75, ge=0, le=1, description="Share of T_k^T T_k in M_k; 1 where no inputs were seen")
+    damping: float = Field(0.0025, ge=1e-6, le=1, description="Ridge, as a share of the mean eigenvalue of sum_k M_k")
+
+    @property
+    def needs_statistics(self) -> bool:
+        return False
+
+
 Combining = Annotated[
     TaskArithmetic
     | Average
@@ -439,7 +506,8 @@ Combining = Annotated[
     | IsoCts
     | Lot
     | Regmean
-    | Wudi,
+    | Wudi
+    | Shrinkage,
     Field(discriminator="name"),
 ]
 
@@ -453,6 +521,8 @@ class Cat(Method):
     paper: ClassVar[str] = PAPER
     trims: ClassVar[bool] = True
     combines: ClassVar[str] = "task_arithmetic"
+    pieces: ClassVar[Pieces] = "entries"
+    drops: ClassVar[bool] = False
 
     name: Literal["cat"] = "cat"
     scaling: float = Field(0.4, ge=0, le=100, description="Factor on the sum of trimmed task vectors")
@@ -535,7 +605,8 @@ AnyMethod = Annotated[
     | IsoCts
     | Lot
     | Regmean
-    | Wudi,
+    | Wudi
+    | Shrinkage,
     Field(discriminator="name"),
 ]
 
@@ -559,4 +630,5 @@ METHODS: dict[str, type[AnyMethod]] = {
     "lot": Lot,
     "regmean": Regmean,
     "wudi": Wudi,
+    "shrinkage": Shrinkage,
 }

@@ -2,6 +2,9 @@
 
     python tests/benchmarks/quality.py --base deploy/demo/base --tasks deploy/demo/tasks/*
 
+``--sweep`` compares the parameters of CAT and of shrinkage instead of methods. Tables are Markdown; behind a figure is
+its standard error, that of drawing other samples.
+
 A task's folder is a checkpoint with ``exemplars.safetensors``, ``val.safetensors`` and ``test.safetensors`` beside it,
 and ``head.safetensors`` where features are multiplied with a head matrix. Merging goes through the workers' own stages.
 """
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +34,7 @@ from workers.stages import RUN
 from workers.watch import Watch
 from workers.work import Work
 
-SCALINGS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.4, 1.6)
+SCALINGS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.4)
 METHODS: dict[str, dict[str, Any]] = {
     "Average": {"name": "average"},
     "Task Arithmetic": {"name": "task_arithmetic"},
@@ -49,6 +53,18 @@ METHODS: dict[str, dict[str, Any]] = {
     "CAT, then TIES": {"name": "cat", "then": {"name": "ties"}},
     "CAT, then TSV-M": {"name": "cat", "then": {"name": "tsv_m"}},
     "CAT, then Iso-C": {"name": "cat", "then": {"name": "iso_c"}},
+    "Shrinkage (auto)": {"name": "shrinkage"},
+    "Shrinkage without data": {"name": "shrinkage", "data": False},
+}
+SWEEP: dict[str, dict[str, Any]] = {
+    **{f"CAT rank {r}, balance {b}": {"name": "cat", "rank": r, "balance": b} for r in (1, 4, 16, 64) for b in (1, 5)},
+    "CAT, second moments summed": {"name": "cat", "moments": "sum"},
+    "CAT, norms restored": {"name": "cat", "rank": 16, "balance": 1, "restore_norm": True},
+    "CAT, features at W0 + 0.4 T": {"name": "cat", "features_at": "scaled", "scaling": 0.4},
+    "CAT, no masks": {"name": "cat", "scale_rank": 0, "shift_rank": 0},
+    "CAT, then shrinkage": {"name": "cat", "then": {"name": "shrinkage"}},
+    **{f"Shrinkage, proxy {p}": {"name": "shrinkage", "proxy": p} for p in (0, 0.5, 0.75, 0.9, 1)},
+    **{f"Shrinkage, damping {d}": {"name": "shrinkage", "damping": d} for d in (0.0001, 0.025, 0.25)},
 }
 
 
@@ -72,8 +88,7 @@ class Task:
 
     def accuracy(self, body: Mapping[str, Tensor], split: str) -> float:
         """The share of right answers with this body, and the task's own head where it has one."""
-        split_file = load_file(self.folder / f"{split}.safetensors")
-        samples = {name: values[: self.samples] for name, values in split_file.items()}
+        samples = self._labeled(split)
         labels = samples.pop("labels").long()
         own = {
             name: tensor
@@ -86,6 +101,14 @@ class Task:
         else:
             scores = pooled_features(model, samples, 128, "mean", True) @ self.head["weight"].float().T
         return float((scores.argmax(1) == labels).double().mean())
+
+    def count(self, split: str) -> int:
+        """How many samples of a split are used."""
+        return len(self._labeled(split)["labels"])
+
+    def _labeled(self, split: str) -> dict[str, Tensor]:
+        read = load_file(self.folder / f"{split}.safetensors")
+        return {name: values[: self.samples] for name, values in read.items()}
 
 
 @dataclass(frozen=True)
@@ -151,15 +174,28 @@ class Merger:
 
 @dataclass(frozen=True)
 class Score:
-    """Retention, the share of the expert's accuracy, over all tasks."""
+    """Retention, the share of the expert's accuracy, over all tasks, with standard errors."""
 
     mean: float
     worst: float
+    mean_error: float
+    worst_error: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ({self.mean_error:.3f}) | {self.worst:.3f} ({self.worst_error:.3f})"
 
 
 def score(tasks: Sequence[Task], experts: Mapping[str, float], body: Mapping[str, Tensor], split: str) -> Score:
-    kept = [task.accuracy(body, split) / experts[task.name] for task in tasks]
-    return Score(sum(kept) / len(kept), min(kept))
+    """The experts' accuracies count as known; errors are those of a share of independent samples."""
+    shares = {task.name: task.accuracy(body, split) for task in tasks}
+    kept = {name: share / experts[name] for name, share in shares.items()}
+    errors = {
+        task.name: math.sqrt(shares[task.name] * (1 - shares[task.name]) / task.count(split)) / experts[task.name]
+        for task in tasks
+    }
+    worst = min(kept, key=lambda name: kept[name])
+    mean_error = math.sqrt(sum(error**2 for error in errors.values())) / len(tasks)
+    return Score(sum(kept.values()) / len(kept), kept[worst], mean_error, errors[worst])
 
 
 def scaled(base: Mapping[str, Tensor], merged: Mapping[str, Tensor], by: float) -> dict[str, Tensor]:
@@ -167,21 +203,22 @@ def scaled(base: Mapping[str, Tensor], merged: Mapping[str, Tensor], by: float) 
     return {n: b + by * (merged[n] - b) if b.is_floating_point() else b for n, b in base.items()}
 
 
-def compare(merger: Merger, tasks: Sequence[Task], names: Sequence[str], all_scalings: Sequence[float]) -> None:
+def compare(
+    merger: Merger, tasks: Sequence[Task], methods: Mapping[str, Mapping[str, Any]], all_scalings: Sequence[float]
+) -> None:
     base = load_file(merger.base / "model.safetensors")
     experts = {split: {task.name: task.accuracy(task.tensors, split) for task in tasks} for split in ("val", "test")}
     print("experts, test:", ", ".join(f"{name} {value:.3f}" for name, value in experts["test"].items()))
-    print(f"{'method':34s} scaling   val mean  worst   test mean  worst   seconds")
-    for name in names:
-        method = METHODS[name]
+    print("\n| method | scaling | val mean | val worst | test mean | test worst | merge seconds |")
+    print("|---|---|---|---|---|---|---|")
+    for name, method in methods.items():
         scalings = all_scalings if has_scaling(method) else (1.0,)
         merged, seconds = merger.merged(at_one(method))
-        found = {s: score(tasks, experts["val"], scaled(base, merged, s), "val") for s in scalings}
+        made_at = at_one(method).get("scaling", 1.0)
+        found = {s: score(tasks, experts["val"], scaled(base, merged, s / made_at), "val") for s in scalings}
         best = max(found, key=lambda s: (found[s].mean, -s))
-        test = score(tasks, experts["test"], scaled(base, merged, best), "test")
-        val = found[best]
-        figures = f"{val.mean:8.3f} {val.worst:6.3f}   {test.mean:8.3f} {test.worst:6.3f}  {seconds:8.1f}"
-        print(f"{name:34s} {best:7.1f} {figures}", flush=True)
+        test = score(tasks, experts["test"], scaled(base, merged, best / made_at), "test")
+        print(f"| {name} | {best:.1f} | {found[best]} | {test} | {seconds:.1f} |", flush=True)
 
 
 def has_scaling(method: Mapping[str, Any]) -> bool:
@@ -189,7 +226,9 @@ def has_scaling(method: Mapping[str, Any]) -> bool:
 
 
 def at_one(method: Mapping[str, Any]) -> dict[str, Any]:
-    """The method with its scaling, or that of what follows it, at 1."""
+    """The method with its scaling, or that of what follows it, at 1; features stay where they are to be taken."""
+    if method.get("features_at") == "scaled":
+        return dict(method)
     if "then" in method:
         return {**method, "then": {**method["then"], "scaling": 1.0}}
     return {**method, "scaling": 1.0} if has_scaling(method) else dict(method)
@@ -200,15 +239,21 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--tasks", type=Path, nargs="+", required=True)
     parser.add_argument("--exemplars", type=int, default=8)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--sweep", action="store_true", help="compare parameters of CAT and of shrinkage")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of the table; omitted, all of them")
     parser.add_argument("--scalings", type=float, nargs="+", default=SCALINGS)
     parser.add_argument("--samples", type=int, default=10**9, help="labeled samples to use of each split, at most")
     options = parser.parse_args()
+    table = SWEEP if options.sweep else METHODS
+    unknown = sorted(set(options.methods or ()) - table.keys())
+    if unknown:
+        parser.error(f"no row is called {', '.join(unknown)}; rows are {', '.join(table)}")
+    methods = {name: table[name] for name in options.methods or table}
     tasks = [Task.read(folder.resolve(), options.samples) for folder in options.tasks]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()
         merger = Merger(options.base.resolve(), tasks, options.exemplars, scratch)
-        compare(merger, tasks, options.methods, options.scalings)
+        compare(merger, tasks, methods, options.scalings)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from service.contract.methods import IsoC
+from service.contract.methods import MATRICES, IsoC
 from workers.combining import weighted_mean, weighted_sum
 from workers.context import Context
 from workers.factoring import leading_singular
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: IsoC, context: Context) -> Tensor:
-    """scaling * mean(S) * U V^T with U S V^T = sum_k weight_k T_k: Iso-C (arXiv:2502.04959), for matrices.
+    """scaling * mean(S) * U V^T with U S V^T = sum_k weight_k T_k: Iso-C (arXiv:2502.04959).
 
-    Other tensors are averaged. Directions in which the sum is zero stay zero, and lower the mean.
+    For linear weights and convolutions; other tensors are averaged. Directions in which the sum is zero stay zero, and
+    lower the mean.
     """
-    matrices = context.matrices(task_vectors)
+    matrices = context.matrices(task_vectors, MATRICES)
     if matrices is None:
         return weighted_mean(task_vectors, weights, params.scaling)
     total = weighted_sum(matrices, weights)

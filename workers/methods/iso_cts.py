@@ -7,20 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from service.contract.methods import IsoCts
+from service.contract.methods import MATRICES, IsoCts
 from workers.combining import weighted_mean, weighted_sum
 from workers.context import Context
 from workers.factoring import leading_singular, orthogonal_factor
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: IsoCts, context: Context) -> Tensor:
-    """scaling * mean(S) * U V^T: Iso-CTS (arXiv:2502.04959), for matrices; other tensors are averaged.
+    """scaling * mean(S) * U V^T: Iso-CTS (arXiv:2502.04959).
 
-    The leading triplets of sum_k weight_k T_k, a share ``common`` of all, are joined by the leading triplets of each
-    weight_k T_k with those left singular vectors projected out, an equal number per task. U and V are the orthogonal
-    factors of the vectors side by side, S all their singular values.
+    For linear weights and convolutions; other tensors are averaged. The leading triplets of sum_k weight_k T_k, a share
+    ``common`` of all, are joined by the leading triplets of each weight_k T_k with those left singular vectors
+    projected out, an equal number per task. U and V are the orthogonal factors of the vectors side by side, S all
+    their singular values.
     """
-    matrices = context.matrices(task_vectors)
+    matrices = context.matrices(task_vectors, MATRICES)
     if matrices is None:
         return weighted_mean(task_vectors, weights, params.scaling)
     rank = min(matrices[0].shape)

@@ -10,6 +10,7 @@ from openapi_spec_validator import validate
 from sqlalchemy import update
 
 from service.contract.methods import METHODS
+from service.contract.presets import PRESETS
 from service.contract.recipe import Recipe
 from service.contract.treatments import TREATMENTS
 from service.stores.schema import jobs
@@ -99,6 +100,18 @@ def test_methods_are_listed(empty_front: Front) -> None:
     assert cat["trims"] is True
     assert cat["parameters"]["properties"]["rank"]["default"] == 4
     assert "name" not in cat["parameters"]["properties"]
+
+
+def test_presets_are_listed_beside_the_methods(empty_front: Front) -> None:
+    presets = {row["name"]: row for row in empty_front.http.get("/v1/methods").json()["presets"]}
+    assert list(presets) == list(PRESETS)
+    assert presets["paper"]["method"]["name"] == "cat"
+    assert presets["auto"]["summary"]
+
+
+def test_the_schema_knows_presets_by_name(empty_front: Front) -> None:
+    method = empty_front.http.get("/openapi.json").json()["components"]["schemas"]["Recipe"]["properties"]["method"]
+    assert {"enum": ["auto", "paper"], "type": "string"} in method["anyOf"]
 
 
 def test_treatments_are_listed(empty_front: Front) -> None:
