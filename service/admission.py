@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from service.contract.adapter import apply_adapter
 from service.contract.checkpoint import Checkpoint, Header
@@ -22,17 +24,31 @@ from service.contract.errors import (
     Refusal,
     ValidationError,
 )
+from service.contract.evaluation import TaskEvaluation, TextColumns, is_text
 from service.contract.fit import fit
+from service.contract.labeled import labeled_faults, model_faults
 from service.contract.plan import Plan
 from service.contract.planning import make_plan
 from service.contract.recipe import Recipe
 from service.contract.roles import guess_parameter
-from service.contract.samples import head_faults, input_faults, labeled_faults, statistics_faults
+from service.contract.samples import head_faults, input_faults, statistics_faults
+from service.contract.textfiles import HEAD_BYTES, LIMIT_BYTES, holds_tokenizer, label_names, text_faults
 from service.stores.checkpoints import read_checkpoint, read_header
 from service.stores.objects import Objects, refusals
 
 READERS = 8
-FileCheck = Callable[[Header, Checkpoint], list[str]]
+
+
+@dataclass(frozen=True)
+class TextHead:
+    """The beginning of a text file, and how many bytes the whole of it has."""
+
+    address: str
+    data: bytes
+    size: int
+
+
+FileCheck = Callable[[Any, Checkpoint], list[str]]
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ class Opened:
 
     base: Checkpoint | None
     tasks: tuple[Checkpoint | None, ...]
-    files: Mapping[str, Header | None]
+    files: Mapping[str, Header | TextHead | None]
 
 
 def admit(recipe: Recipe, objects: Objects) -> Plan:
@@ -103,9 +119,11 @@ def _open(recipe: Recipe, objects: Objects, faults: list[Fault]) -> Opened:
             return read_checkpoint(objects, checkpoints[pointer])
         return None
 
-    def header(pointer: str) -> Header | None:
+    def header(pointer: str) -> Header | TextHead | None:
         with _collecting(faults, pointer):
             objects.check(files[pointer])
+            if is_text(files[pointer]):
+                return _read_head(objects, files[pointer])
             return read_header(objects, files[pointer])[1]
         return None
 
@@ -119,6 +137,13 @@ def _open(recipe: Recipe, objects: Objects, faults: list[Fault]) -> Opened:
         base = None
     tasks = tuple(_whole(base, read[pointer], pointer, faults) for pointer in checkpoints if pointer != "/base")
     return Opened(base, tasks, headers)
+
+
+def _read_head(objects: Objects, address: str) -> TextHead:
+    info = objects.head(address)
+    data = bytearray(min(HEAD_BYTES, info.size))
+    objects.read(address, 0, memoryview(data), etag=info.etag)
+    return TextHead(address, bytes(data), info.size)
 
 
 def _whole(base: Checkpoint | None, task: Checkpoint | None, pointer: str, faults: list[Fault]) -> Checkpoint | None:
@@ -146,6 +171,8 @@ def file_addresses(recipe: Recipe) -> dict[str, str]:
             found[f"/tasks/{i}/statistics"] = task.statistics
     for i, row in enumerate(recipe.evaluation.tasks if recipe.evaluation else ()):
         found[f"/evaluation/tasks/{i}/labeled"] = row.labeled
+        if row.validation:
+            found[f"/evaluation/tasks/{i}/validation"] = row.validation
         if row.head:
             found[f"/evaluation/tasks/{i}/head/weight"] = row.head.weight
     return found
@@ -160,7 +187,8 @@ def _file_faults(recipe: Recipe, opened: Opened) -> list[Fault]:
         checks[f"/tasks/{i}/statistics"] = checkpoint, _statistics_faults
     for i, row in enumerate(recipe.evaluation.tasks if recipe.evaluation else ()):
         checkpoint = opened.tasks[names.index(row.task)]
-        checks[f"/evaluation/tasks/{i}/labeled"] = checkpoint, _labeled_faults
+        for which in ("labeled", "validation"):
+            checks[f"/evaluation/tasks/{i}/{which}"] = checkpoint, partial(_labeled_faults, row, opened.base)
         checks[f"/evaluation/tasks/{i}/head/weight"] = checkpoint, _head_faults
     faults: list[Fault] = []
     for pointer, address in file_addresses(recipe).items():
@@ -188,10 +216,27 @@ def _head_faults(header: Header, _checkpoint: Checkpoint) -> list[str]:
     return head_faults(header.tensors)
 
 
-def _labeled_faults(header: Header, checkpoint: Checkpoint) -> list[str]:
+def _labeled_faults(
+    row: TaskEvaluation, base: Checkpoint | None, file: Header | TextHead, checkpoint: Checkpoint
+) -> list[str]:
     if checkpoint.config is None:
         return [f"an evaluation needs the model to run, but {checkpoint.address} has no config.json beside it"]
-    return labeled_faults(header.tensors, checkpoint.config)
+    faults = model_faults(checkpoint.config, row)
+    if isinstance(file, TextHead):
+        return faults + _text_faults(row, base, file, checkpoint)
+    return faults + labeled_faults(file, checkpoint.config, row)
+
+
+def _text_faults(row: TaskEvaluation, base: Checkpoint | None, file: TextHead, checkpoint: Checkpoint) -> list[str]:
+    names = None if row.head else label_names(checkpoint.config)
+    is_whole = len(file.data) == file.size
+    faults = text_faults(file.address, file.data, is_whole, row.kind, row.columns or TextColumns(), names)
+    if file.size > LIMIT_BYTES:
+        faults.append(f"it has {file.size} bytes, more than the {LIMIT_BYTES} that a text file may have")
+    beside = (*checkpoint.side_files, *(base.side_files if base is not None else ()))
+    if not holds_tokenizer(side.name for side in beside):
+        faults.append(f"text needs a tokenizer, but {checkpoint.address} has no tokenizer.json beside it")
+    return faults
 
 
 @contextmanager

@@ -330,6 +330,10 @@ class CatmergeClient:
         """Every merge method: its name, its paper, the JSON Schema of its parameters."""
         return tuple(self._pages("/v1/methods", {}))
 
+    def presets(self) -> Sequence[JsonObject]:
+        """Every preset: the name that a recipe may give as its method, what it stands for, and why."""
+        return tuple(self._json("GET", "/v1/methods")["presets"])
+
     def treatments(self) -> Sequence[JsonObject]:
         """Every parameter treatment: its name, its paper, its roles, the JSON Schema of its parameters."""
         return tuple(self._pages("/v1/treatments", {}))

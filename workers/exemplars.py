@@ -41,8 +41,13 @@ def refuse_misfits(model: Any, inputs: Mapping[str, Tensor]) -> None:
         _check_pixels(model, inputs["pixel_values"])
 
 
+def takes_choices(model: Any) -> bool:
+    """Whether a model scores several answers to each sample, ``[n, choices, length]``, by a head of its own."""
+    return type(model).__name__.endswith("ForMultipleChoice")
+
+
 def _check_names(model: Any, inputs: Mapping[str, Tensor]) -> None:
-    known = _arguments(model)
+    known = arguments(model)
     for name in inputs:
         if name not in known:
             raise BadInput(f"{type(model).__name__} has no input {name!r}; it takes {', '.join(known)}")
@@ -50,7 +55,8 @@ def _check_names(model: Any, inputs: Mapping[str, Tensor]) -> None:
         raise BadInput(f"the input {model.main_input_name!r}, which {type(model).__name__} needs, is missing")
 
 
-def _arguments(model: Any) -> list[str]:
+def arguments(model: Any) -> list[str]:
+    """The names of what a model's forward pass takes."""
     parameters = inspect.signature(model.forward).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
 
@@ -74,14 +80,15 @@ def _check_values(name: str, values: Tensor) -> None:
 
 def _check_tokens(model: Any, inputs: Mapping[str, Tensor]) -> None:
     ids, config = inputs["input_ids"], model.config.get_text_config()
-    if ids.dim() != 2 or ids.is_floating_point() or not ids.shape[1]:
-        raise BadInput(f"the input 'input_ids' is {_described(ids)}; it must be integers of shape [n, length]")
+    shape = "[n, choices, length]" if takes_choices(model) else "[n, length]"
+    if ids.dim() != shape.count(",") + 1 or ids.is_floating_point() or not ids.shape[-1]:
+        raise BadInput(f"the input 'input_ids' is {_described(ids)}; it must be integers of shape {shape}")
     _check_range("input_ids", ids, getattr(config, "vocab_size", None))
-    longest = _longest(model, config)
-    if longest is not None and ids.shape[1] > longest:
+    longest = longest_sequence(model, config)
+    if longest is not None and ids.shape[-1] > longest:
         raise BadInput(
             f"the input 'input_ids' has shape {list(ids.shape)}; "
-            f"{type(model).__name__} takes [n, length] with a length of at most {longest}"
+            f"{type(model).__name__} takes {shape} with a length of at most {longest}"
         )
     if "token_type_ids" in inputs:
         _check_same_shape("token_type_ids", inputs["token_type_ids"], ids)
@@ -104,9 +111,9 @@ def _check_mask(mask: Tensor, ids: Tensor, prefix: str = "") -> None:
     _check_same_shape(name, mask, ids, f"{prefix}input_ids")
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise BadInput(f"the input {name!r} has values other than 0 and 1")
-    empty = (mask != 0).sum(1) == 0
+    empty = (mask != 0).sum(-1) == 0
     if bool(empty.any()):
-        raise BadInput(f"sample {int(empty.nonzero()[0])} has no attended position in {name!r}")
+        raise BadInput(f"sample {int(empty.nonzero()[0, 0])} has no attended position in {name!r}")
 
 
 def _check_same_shape(name: str, values: Tensor, ids: Tensor, of: str = "input_ids") -> None:
@@ -121,7 +128,7 @@ def _check_range(name: str, values: Tensor, size: int | None) -> None:
         raise BadInput(f"the input {name!r} has the value {wrong}; it must be from 0 to below {size}")
 
 
-def _longest(model: nn.Module, config: Any) -> int | None:
+def longest_sequence(model: Any, config: Any) -> int | None:
     """The longest sequence with a position for every token; RoBERTa's kind spends the first rows on padding."""
     for path, module in model.named_modules():
         is_offset = isinstance(module, nn.Embedding) and path.endswith("position_embeddings")
@@ -134,7 +141,7 @@ def _check_pixels(model: Any, pixels: Tensor) -> None:
     """Channels always; height and width where the model has positions for one size only."""
     config = getattr(model.config, "vision_config", model.config)
     size = getattr(config, "image_size", None)
-    is_fixed = "interpolate_pos_encoding" in _arguments(model)
+    is_fixed = "interpolate_pos_encoding" in arguments(model)
     sides = _sides(size) if is_fixed else (None, None)
     expected = [None, getattr(config, "num_channels", None), *sides]
     fits = pixels.dim() == 4 and all(want in (None, have) for want, have in zip(expected, pixels.shape, strict=True))
@@ -172,13 +179,13 @@ def refuse_if_model_does(model: nn.Module, sample: Mapping[str, Tensor]) -> None
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(
             f"{type(model).__name__} can't take only {', '.join(sample)} as they are: {error} "
-            f"(its inputs are {', '.join(_arguments(model))}){_hint(model, sample)}"
+            f"(its inputs are {', '.join(arguments(model))}){_hint(model, sample)}"
         ) from error
 
 
 def _hint(model: nn.Module, sample: Mapping[str, Tensor]) -> str:
     """What a sequence-to-sequence model usually lacks: labels stay out of exemplars, so nothing stands in for them."""
-    if "decoder_input_ids" not in _arguments(model) or "decoder_input_ids" in sample:
+    if "decoder_input_ids" not in arguments(model) or "decoder_input_ids" in sample:
         return ""
     return (
         ". Bring 'decoder_input_ids' [n, length] too: the decoder's start token, and the target's tokens where there "

@@ -36,7 +36,7 @@ def check_inputs(model: nn.Module | Mapping[str, Any], inputs: Mapping[str, Tens
     refuse_misfits(subject, inputs)
     if not all(parameter.is_meta for parameter in subject.parameters()):
         first = {name: values[:1] for name, values in inputs.items()}
-        refuse_if_model_does(subject, next(_batches(first, 1, _device(subject))))
+        refuse_if_model_does(subject, next(batches(first, 1, device_of(subject))))
 
 
 def watch_inputs(
@@ -59,8 +59,8 @@ def watch_inputs(
     total = len(next(iter(inputs.values())))
     done = 0
     with torch.no_grad(), watcher.hooked():
-        masks = masks_of_calls(inputs, lambda sample: watcher.measure(_fitted(sample, _device(model))))
-        for batch in _batches(inputs, batch_size, _device(model)):
+        masks = masks_of_calls(inputs, lambda sample: watcher.measure(_fitted(sample, device_of(model))))
+        for batch in batches(inputs, batch_size, device_of(model)):
             watcher.run(batch, masks)
             done += len(next(iter(batch.values())))
             on_progress(done, total)
@@ -74,7 +74,7 @@ def class_scores(model: nn.Module, inputs: Mapping[str, Tensor], batch_size: int
         UnsupportedArchitecture: the model has no head that gives one row of logits per sample.
     """
     scores = []
-    for batch in _batches(inputs, batch_size, _device(model)):
+    for batch in batches(inputs, batch_size, device_of(model)):
         with torch.no_grad():
             logits = getattr(model(**batch), "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -100,7 +100,7 @@ def pooled_features(
     """
     base: Any = model.base_model
     features = []
-    for batch in _batches(inputs, batch_size, _device(model)):
+    for batch in batches(inputs, batch_size, device_of(model)):
         with torch.no_grad():
             hidden = getattr(base(**batch), "last_hidden_state", None)
         if not isinstance(hidden, Tensor):
@@ -121,7 +121,8 @@ def _pooled(hidden: Tensor, mask: Tensor | None, pooling: Literal["cls", "mean"]
     return (hidden * share).sum(1) / share.sum(1)
 
 
-def _batches(inputs: Mapping[str, Tensor], batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def batches(inputs: Mapping[str, Tensor], batch_size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Samples ``[n, ...]`` by forward argument, some at a time, on ``device`` and of the types that models take."""
     total = len(next(iter(inputs.values())))
     for start in range(0, total, batch_size):
         yield _fitted({name: values[start : start + batch_size] for name, values in inputs.items()}, device)
@@ -138,7 +139,8 @@ def _fit(values: Tensor) -> Tensor:
     return values if values.dtype is torch.bool else values.long()
 
 
-def _device(model: nn.Module) -> torch.device:
+def device_of(model: nn.Module) -> torch.device:
+    """Where a loaded model computes."""
     return next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
 
 

@@ -12,12 +12,21 @@ from service.contract.job import Artifact
 from service.contract.parts import SoFar
 from service.contract.plan import Plan
 from service.contract.recipe import Recipe
+from workers import figures
+from workers.charts import metric_of
 from workers.licenses import conjunction
+from workers.page import render_page
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a report is made from."""
+    """What a report is made from.
+
+    ``layers`` is what ``workers.trim_log.summarize`` makes of the trim log; ``inputs`` has every input's role, address,
+    size and SHA-256; ``made_by`` says on what: device, engine, versions. ``conflict`` and ``search`` are there where
+    tasks were held against each other, and where parameters were searched for; ``warnings`` is what stages after
+    planning have to say.
+    """
 
     recipe: Recipe
     plan: Plan
@@ -27,6 +36,12 @@ class Facts:
     so_far: SoFar
     files: tuple[Artifact, ...]
     licenses: dict[str, str | None]
+    layers: Mapping[str, Any] | None = None
+    inputs: Sequence[Mapping[str, Any]] = ()
+    made_by: Mapping[str, Any] | None = None
+    conflict: Mapping[str, Any] | None = None
+    search: Mapping[str, Any] | None = None
+    warnings: Sequence[str] = ()
 
 
 def build_report(facts: Facts) -> dict[str, Any]:
@@ -34,6 +49,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
     recipe = facts.recipe
     return {
         "title": f"{len(recipe.tasks)} models merged into one by {recipe.method.name}",
+        "language": recipe.output.language,
         "method": recipe.method.model_dump(mode="json"),
         "paper": type(recipe.method).paper,
         "base": recipe.base,
@@ -41,11 +57,17 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "metrics": facts.metrics,
         "gates": facts.gates,
         "trimmed": facts.trimmed,
+        "layers": facts.layers,
+        "conflict": facts.conflict,
+        "search": facts.search,
         "cost": _cost(facts.so_far),
         "savings": _savings(facts),
         "plan": facts.plan.summary(),
+        "recipe": recipe.model_dump(mode="json"),
+        "inputs": list(facts.inputs),
+        "made_by": facts.made_by,
         "licenses": {"inputs": facts.licenses, "result": conjunction(facts.licenses)},
-        "warnings": list(facts.plan.warnings),
+        "warnings": list(dict.fromkeys([*facts.plan.warnings, *facts.warnings])),
     }
 
 
@@ -74,15 +96,11 @@ def _savings(facts: Facts) -> dict[str, Any]:
 
 def render_html(report: Mapping[str, Any]) -> str:
     """A page that needs nothing but itself."""
-    return _environment().get_template("report.html").render(report=report)
+    return render_page(report)
 
 
 def render_card(report: Mapping[str, Any]) -> str:
     """The model card: README.md with the metadata that model hubs read."""
-    return _environment().get_template("card.md").render(report=report)
-
-
-def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("workers"),
         autoescape=select_autoescape(["html"]),
@@ -91,24 +109,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["percent"] = _percent
-    environment.filters["bytes"] = _bytes
-    environment.filters["figure"] = _figure
-    return environment
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _bytes(value: float) -> str:
-    units: Sequence[str] = ("B", "kB", "MB", "GB", "TB")
-    for unit in units:
-        if value < 1000 or unit == units[-1]:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return ""
+    environment.filters["percent"] = figures.percent
+    environment.filters["score"] = figures.score
+    environment.filters["metric_of"] = metric_of
+    return environment.get_template("card.md").render(report=report)

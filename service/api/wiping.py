@@ -37,6 +37,8 @@ def wipe(job: Job, doors: House) -> None:
     doors.objects.delete(job.prefix + artifacts.MANIFEST)
     for name in names:
         doors.objects.delete(job.prefix + name)
+    for info in list(doors.objects.list(artifacts.scratch(doors.connections.workspace, job.id))):
+        doors.objects.delete(info.address)  # what a job that failed or was cancelled kept, in case it is retried
 
 
 def _owner(job: Job, objects: Objects) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from service.cli import house, jobs
+from service.cli import house, jobs, reports
 from service.cli.options import CommonUrl, Settings
 
 EPILOG = (
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (house.up, house.doctor, *jobs.COMMANDS, house.calibrate, house.version):
+for command in (house.up, house.doctor, *jobs.COMMANDS, *reports.COMMANDS, house.calibrate, house.version):
     app.command()(command)
 
 

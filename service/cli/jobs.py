@@ -189,11 +189,12 @@ def plan(context: typer.Context, recipe: RecipeFile, as_json: Json = False, url:
 
 
 def methods(context: typer.Context, as_json: Json = False, url: Url = None) -> None:
-    """List the merge methods and the parameter treatments."""
+    """List the merge methods, the presets that name some of them, and the parameter treatments."""
     with answering(as_json), connect(context, url) as client:
         found = {"methods": client.methods(), "treatments": client.treatments()}
+        presets = client.presets()
         if as_json:
-            print_json(found)
+            print_json({**found, "presets": presets})
             return
         for title, rows in found.items():
             table = columns([title, "parameters", "paper"])
@@ -202,6 +203,10 @@ def methods(context: typer.Context, as_json: Json = False, url: Url = None) -> N
                 table.add_row(f"[bold]{row['name']}[/]", escape(parameters), escape(row["paper"]))
             out.print(table)
             out.print()
+        table = columns(["presets", "method", "why"])
+        for row in presets:
+            table.add_row(f"[bold]{row['name']}[/]", escape(row["method"]["name"]), escape(row["summary"]))
+        out.print(table)
 
 
 COMMANDS = (submit, watch, ls, get, cancel, retry, delete, download, events, plan, methods)

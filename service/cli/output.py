@@ -151,8 +151,14 @@ def _result_facts(job: JsonObject) -> Iterator[tuple[str, str]]:
     for gate in job["result"].get("gates", []):
         name = f"{gate['metric']} {gate['task'] or ''}".strip()
         verdict = "[green]passed[/]" if gate["passed"] else "[red]missed[/]"
-        yield "gate", f"{verdict}: {name} is {figure(gate['value'])}, at least {figure(gate['at_least'])} was asked for"
+        yield "gate", f"{verdict}: {name} is {figure(gate['value'])}, {_limit(gate)} was asked for"
     yield "result", escape(job["recipe"]["output"]["prefix"])
+
+
+def _limit(gate: JsonObject) -> str:
+    if gate.get("at_most") is not None:
+        return f"at most {figure(gate['at_most'])}"
+    return f"at least {figure(gate['at_least'])}"
 
 
 def scores(measured: JsonObject) -> Table:

@@ -80,6 +80,16 @@ def cached_statistics(workspace: str, digest: str) -> str:
     return f"{workspace}cache/statistics/{digest}.safetensors"
 
 
-def cached_score(workspace: str, digest: str) -> str:
-    """The score of a base or an expert, by the digest of everything it depends on."""
-    return f"{workspace}cache/scores/{digest}.json"
+def cached_figures(workspace: str, digest: str) -> str:
+    """What a base or an expert scores, by the digest of everything it depends on."""
+    return f"{workspace}cache/scores/{digest}.safetensors"
+
+
+def figures(workspace: str, job_id: str, index: int) -> str:
+    """What one model scores on one task, by part of the evaluation, until the report is made."""
+    return f"{scratch(workspace, job_id)}figures-{index + 1:05d}.safetensors"
+
+
+def baseline(workspace: str, job_id: str, method: str) -> str:
+    """The folder of a merge that the result is only compared with; deleted when the job ends."""
+    return f"{scratch(workspace, job_id)}baselines/{method}/"

@@ -5,39 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import unquote
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from service.contract.addresses import Address, Name, Prefix
 from service.contract.base import Frozen
+from service.contract.evaluation import Evaluation, Gate, baseline_method, gate_fault
 from service.contract.methods import AnyMethod, Cat, Method
 from service.contract.patterns import checked_pattern, matches
+from service.contract.presets import PresetName, expanded
 from service.contract.treatments import TREATMENTS, Treatment, treatment_adapter
 
 MAX_TASKS = 64
-SCHEMES = ("s3://", "file:///")
-
-
-def _checked_address(address: str) -> str:
-    if not address.startswith(SCHEMES):
-        raise ValueError(f"must start with {' or '.join(SCHEMES)}")
-    if any(ord(character) < 32 or ord(character) == 127 for character in address):
-        raise ValueError("must not contain control characters")
-    path = unquote(address.split("://", 1)[1])
-    if ".." in path.replace("\\", "/").split("/"):
-        raise ValueError("must not contain '..', encoded or not")
-    if address.startswith("s3://") and not address[5:].partition("/")[0]:
-        raise ValueError("must name a bucket: s3://bucket/key")
-    return address
-
-
-Address = Annotated[
-    str,
-    Field(min_length=6, max_length=2048, description="s3://bucket/key, or file:///path under a configured root"),
-    AfterValidator(_checked_address),
-]
-Prefix = Annotated[Address, AfterValidator(lambda prefix: prefix if prefix.endswith("/") else prefix + "/")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Letters, digits, . _ -")]
 Pattern = Annotated[
     str,
     Field(
@@ -91,43 +70,6 @@ class MethodOverride(Frozen):
     parameters: dict[str, Any] = Field(min_length=1, description="Parameters of the recipe's method")
 
 
-class FeatureHead(Frozen):
-    """A head matrix applied to pooled features, as CLIP's zero-shot heads are."""
-
-    weight: Address = Field(description="A .safetensors file with `weight` [classes, d] and optional `logit_scale`")
-    pooling: Literal["cls", "mean"] = "mean"
-    normalize: bool = Field(True, description="Scale features to unit length before the product")
-
-
-class TaskEvaluation(Frozen):
-    """Labeled samples of one task."""
-
-    task: Name
-    labeled: Address = Field(description="A .safetensors file of model inputs and `labels` [n] int64")
-    head: FeatureHead | None = Field(None, description="Omit to use the checkpoint's own classification head")
-
-
-class Evaluation(Frozen):
-    """What to measure on the merged model, on the base and on every expert."""
-
-    tasks: tuple[TaskEvaluation, ...] = Field(min_length=1, max_length=MAX_TASKS)
-    batch_size: int = Field(64, ge=1, le=65536)
-
-
-class Gate(Frozen):
-    """A rule agreed beforehand: the job is rejected where the merged model falls short of it."""
-
-    metric: Literal["worst_task_retention", "mean_retention", "task_retention"]
-    at_least: float = Field(ge=0, le=10, description="Share of the expert's score")
-    task: Name | None = Field(None, description="For task_retention: which task")
-
-    @model_validator(mode="after")
-    def _task_named(self) -> Self:
-        if (self.metric == "task_retention") != (self.task is not None):
-            raise ValueError("task_retention names a task, the other metrics do not")
-        return self
-
-
 class Output(Frozen):
     """Where the result goes and how it is laid out."""
 
@@ -135,6 +77,7 @@ class Output(Frozen):
     dtype: Literal["base", "F32", "F16", "BF16"] = Field("base", description="Type of floating-point tensors")
     shard_bytes: int = Field(5_000_000_000, ge=1024, le=1_000_000_000_000)
     overwrite: bool = False
+    language: Literal["en", "ja"] = Field("en", description="What the report's page opens in; it holds both")
 
 
 Metadata = Annotated[
@@ -148,7 +91,9 @@ class Recipe(Frozen):
 
     base: Address
     tasks: tuple[Task, ...] = Field(min_length=1, max_length=MAX_TASKS)
-    method: AnyMethod = Field(default_factory=Cat, validate_default=True)
+    method: AnyMethod = Field(
+        default_factory=Cat, validate_default=True, description="A method with its parameters, or the name of a preset"
+    )
     overrides: tuple[MethodOverride, ...] = Field(
         (), max_length=1000, description="Other parameters of the method by parameter name; the first match wins"
     )
@@ -162,6 +107,11 @@ class Recipe(Frozen):
     seed: int = Field(0, ge=0, lt=2**63)
     metadata: Metadata = Field(default_factory=dict)
     deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
+
+    @field_validator("method", mode="before", json_schema_input_type=AnyMethod | PresetName)
+    @classmethod
+    def _expand_preset(cls, method: object, info: ValidationInfo) -> object:
+        return expanded(method, with_data=_bring_features(info.data.get("tasks", ())))
 
     @field_validator("method")
     @classmethod
@@ -230,6 +180,10 @@ class Recipe(Frozen):
         for name in evaluated if names else ():
             if name not in names or evaluated.count(name) > 1:
                 raise ValueError(f"evaluation names the task {name!r}, which is no task or is named twice")
+        for baseline in evaluation.baselines if evaluation else ():
+            limit = baseline_method(baseline).task_limit
+            if limit is not None and len(names) > limit:
+                raise ValueError(f"the baseline {baseline} takes at most {limit} tasks, not {len(names)}")
         return evaluation
 
     @field_validator("gates")
@@ -237,13 +191,11 @@ class Recipe(Frozen):
     def _gates_are_measured(cls, gates: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
         if "tasks" not in info.data or "evaluation" not in info.data:
             return gates  # what is wrong there is said there
-        evaluated = _evaluated(info.data["evaluation"])
+        tasks = tuple(task.name for task in info.data["tasks"])
         for gate in gates:
-            if gate.task is not None and gate.task not in evaluated:
-                raise ValueError(f"a gate needs the score of task {gate.task!r}, which evaluation does not measure")
-        missing = sorted({task.name for task in info.data["tasks"]} - set(evaluated))
-        if missing and any(gate.task is None for gate in gates):
-            raise ValueError(f"a gate over all tasks needs labels for every task; missing: {', '.join(missing)}")
+            fault = gate_fault(gate, info.data["evaluation"], tasks)
+            if fault is not None:
+                raise ValueError(fault)
         return gates
 
     def override(self, name: str) -> AnyMethod | None:

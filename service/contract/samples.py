@@ -33,20 +33,6 @@ def input_faults(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | 
     return faults
 
 
-def labeled_faults(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> list[str]:
-    """What is wrong with a file of labeled samples: model inputs, and ``labels`` [samples] of a whole-number type."""
-    labels = tensors.get(LABELS)
-    faults = input_faults({name: info for name, info in tensors.items() if name != LABELS}, config)
-    if labels is None:
-        return [*faults, f"tensor {LABELS!r} is missing: the class of each sample, [samples] int64"]
-    if len(labels.shape) != 1 or labels.dtype not in INTEGERS:
-        return [*faults, f"tensor {LABELS!r} is {labels.dtype} {list(labels.shape)}; it must be [samples] int64"]
-    lengths = {info.shape[0] for name, info in tensors.items() if name != LABELS and info.shape}
-    if lengths and labels.shape[0] not in lengths:
-        faults.append(f"tensor {LABELS!r} has {labels.shape[0]} entries, but the inputs {min(lengths)} samples")
-    return faults
-
-
 def statistics_faults(tensors: Mapping[str, TensorInfo], parameters: Mapping[str, TensorInfo]) -> list[str]:
     """What is wrong with a statistics file for a checkpoint with these ``parameters``."""
     faults = []

@@ -35,8 +35,8 @@ class StageRow:
 STAGES: dict[Stage, StageRow] = {
     Stage.PLAN: StageRow("catmerge.plan", Queue.LIGHT, "one"),
     Stage.CALIBRATE: StageRow("catmerge.calibrate", Queue.HEAVY, "one per task"),
-    Stage.MERGE: StageRow("catmerge.merge", Queue.HEAVY, "one per output shard"),
-    Stage.EVALUATE: StageRow("catmerge.evaluate", Queue.HEAVY, "one per evaluated task"),
+    Stage.MERGE: StageRow("catmerge.merge", Queue.HEAVY, "one per output shard, of the result and of every baseline"),
+    Stage.EVALUATE: StageRow("catmerge.evaluate", Queue.HEAVY, "one per model and evaluated task, and one for speed"),
     Stage.FINALIZE: StageRow("catmerge.finalize", Queue.LIGHT, "one"),
 }
 ORDER: tuple[Stage, ...] = tuple(STAGES)

@@ -167,7 +167,9 @@ def test_plan_and_methods(front: Front, recipe_file: str) -> None:
     assert said(front, "plan", recipe_file)["tensors"] == 2
     assert "peak memory" in call(front, "plan", recipe_file).stdout
     assert {method["name"] for method in said(front, "methods")["methods"]} >= {"cat", "ties"}
+    assert {preset["name"] for preset in said(front, "methods")["presets"]} == {"auto", "paper"}
     assert "task_arithmetic" in call(front, "methods").stdout
+    assert "auto" in call(front, "methods").stdout
 
 
 def test_wrong_usage(front: Front) -> None:

@@ -92,6 +92,7 @@ def test_a_list_goes_on_over_pages(client: CatmergeClient) -> None:
 
 def test_the_catalogue(client: CatmergeClient) -> None:
     assert {"cat", "task_arithmetic"} <= {method["name"] for method in client.methods()}
+    assert {"auto", "paper"} == {preset["name"] for preset in client.presets()}
     assert "projection" in {treatment["name"] for treatment in client.treatments()}
     assert client.ready()["status"] == "ready"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from safetensors.torch import load_file, save_file
 from service.contract.errors import BadInput, BadTensor, InputChanged, OutputTaken, Stopped
 from service.contract.job import Status
 from service.contract.parts import Claim, Done, SoFar
-from service.contract.recipe import Gate, Recipe
+from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from service.stores.local import LocalStore
 from service.stores.objects import Objects
 from workers import stages
 from workers.cleanup import remove_outputs
-from workers.gates import judge, metrics
 from workers.statistics import Statistic
 from workers.statistics_file import StatisticsFile, write_statistics
 from workers.tensors import TensorReader
@@ -253,60 +251,6 @@ def test_statistics_that_are_no_numbers_are_named(objects: Objects, tmp_path: Pa
         assert bad.value.tensor == "a"
         with pytest.raises(BadInput, match=r"below\.safetensors: a\.rows is negative"):
             StatisticsFile(reader, "s3://data/below.safetensors")
-
-
-# Gates
-
-
-def score(task: str, expert: float, merged: float) -> dict[str, Any]:
-    retention = merged / expert if expert else None
-    return {"task": task, "samples": 10, "base": 0.1, "expert": expert, "merged": merged, "retention": retention}
-
-
-def test_metrics_are_means_and_the_worst() -> None:
-    measured = metrics([score("cars", 0.8, 0.6), score("pets", 0.5, 0.5), score("food", 0.0, 0.2)])
-    assert measured is not None
-    assert measured["mean_retention"] == pytest.approx((0.75 + 1.0) / 2)
-    assert (measured["worst_retention"], measured["worst_task"]) == (pytest.approx(0.75), "cars")
-    assert measured["mean_accuracy"]["merged"] == pytest.approx(1.3 / 3)
-    assert metrics([]) is None
-
-
-@pytest.mark.parametrize(
-    ("gate", "value", "passed"),
-    [
-        (Gate(metric="worst_task_retention", at_least=0.75), 0.75, True),
-        (Gate(metric="worst_task_retention", at_least=0.7500001), 0.75, False),
-        (Gate(metric="mean_retention", at_least=0.9), 0.875, False),
-        (Gate(metric="task_retention", at_least=1.0, task="pets"), 1.0, True),
-        (Gate(metric="task_retention", at_least=0.0, task="food"), None, False),
-    ],
-)
-def test_a_gate_holds_what_was_measured_against_what_was_agreed(gate: Gate, value: float | None, passed: bool) -> None:
-    (verdict,) = judge([gate], metrics([score("cars", 0.8, 0.6), score("pets", 0.5, 0.5), score("food", 0.0, 0.2)]))
-    assert verdict["value"] == (None if value is None else pytest.approx(value))
-    assert verdict["passed"] is passed
-
-
-def test_every_gate_is_reported_and_one_that_fails_rejects(
-    objects: Objects, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    gates = [
-        {"metric": "task_retention", "task": "pets", "at_least": 0.9},
-        {"metric": "task_retention", "task": "cars", "at_least": 0.5},
-    ]
-    evaluation = {"tasks": [{"task": task, "labeled": f"s3://data/{task}.safetensors"} for task in TASKS]}
-    (tmp_path / "data").mkdir()
-    for task in TASKS:
-        save_file({"labels": torch.tensor([1])}, tmp_path / f"data/{task}.safetensors")
-    walk = Walk(objects, recipe_of(gates=gates, evaluation=evaluation))
-    walk.until(Stage.MERGE)
-    walk.done[Stage.EVALUATE] = [Done(output=score("cars", 1.0, 0.6)), Done(output=score("pets", 1.0, 0.6))]
-    done = walk.step(Stage.FINALIZE)
-    assert done.status is Status.REJECTED
-    report = json.loads(objects.read_all(f"{PREFIX}merge/report.json", 1 << 20))
-    assert [gate["passed"] for gate in report["gates"]] == [False, True]
-    assert "merge/manifest.json" in listed(objects)
 
 
 # The watch

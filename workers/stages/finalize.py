@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from math import prod
 from typing import Any
 
 from service.contract import artifacts
@@ -15,10 +17,13 @@ from service.contract.plan import HeadPlan, Pinned, Plan
 from service.contract.stages import Stage
 from service.stores.objects import failures
 from workers.cleanup import remove_scratch
-from workers.gates import judge, metrics
+from workers.figures_file import read_scores
+from workers.gates import judge
 from workers.licenses import read_license
 from workers.report import Facts, build_report, render_card, render_html
+from workers.scores import doubts, measured, task_scores
 from workers.tensors import NAMES, TensorReader, TensorWriter, chunks, write_artifact
+from workers.trim_log import summarize
 from workers.version import ENGINE, library_versions
 from workers.work import Work
 
@@ -34,17 +39,31 @@ def run(work: Work) -> Done:
         InputChanged, StorageFailure; Stopped where the job was cancelled before the manifest.
     """
     plan = work.plan()
-    merged = work.outputs(Stage.MERGE)
+    merged = work.outputs(Stage.MERGE)[: len(plan.shards)]  # those after are baselines', which are no result
     files = [Artifact.model_validate(file) for output in merged for file in output["files"]]
     files += _described(work)
     files += _side_files(work, plan)
     files += [_head(work, plan, head) for head in plan.heads]
     files += _index(work, plan)
-    files.append(_trim_log(work, plan))
+    log = _trim_log(work, plan)
+    files.append(write_artifact(work.objects, plan.prefix, artifacts.TRIM_LOG, log))
     inputs = _digests(work, plan)
-    measured = metrics(work.outputs(Stage.EVALUATE))
-    verdicts = judge(work.recipe.gates, measured)
-    facts = Facts(work.recipe, plan, measured, verdicts, _trimmed(merged), work.so_far(), tuple(files), _licenses(work))
+    metrics, doubtful = _metrics(work, plan)
+    verdicts = judge(work.recipe.gates, metrics, sum(file.size for file in files if file.role in ("weights", "head")))
+    facts = Facts(
+        recipe=work.recipe,
+        plan=plan,
+        metrics=metrics,
+        gates=verdicts,
+        trimmed=_trimmed(merged),
+        so_far=work.so_far(),
+        files=tuple(files),
+        licenses=_licenses(work),
+        layers=summarize(BytesIO(log)),
+        inputs=[{name: file[name] for name in ("role", "address", "size", "sha256")} for file in inputs],
+        made_by={"device": work.device, "engine": ENGINE, "versions": library_versions()},
+        warnings=doubtful,
+    )
     report = build_report(facts)
     files.append(_write(work, artifacts.REPORT_JSON, json.dumps(report, indent=2)))
     files.append(_write(work, artifacts.REPORT_HTML, render_html(report)))
@@ -55,7 +74,41 @@ def run(work: Work) -> Done:
     whole = [*files, write_artifact(work.objects, plan.prefix, artifacts.MANIFEST, manifest)]
     with failures():
         remove_scratch(work.objects, work.workspace, work.claim.job_id)
-    return Done(status=status, result=_result(report, plan, whole))
+    return Done(status=status, result=_result(report, plan, whole), warnings=tuple(doubtful))
+
+
+def _metrics(work: Work, plan: Plan) -> tuple[dict[str, Any] | None, list[str]]:
+    """What was measured, and where it is in doubt. None without an evaluation."""
+    evaluation = work.recipe.evaluation
+    if evaluation is None:
+        return None, []
+    found = [
+        read_scores(work.objects, artifacts.figures(work.workspace, work.claim.job_id, index))
+        for index in range(len(evaluation.parts))
+    ]
+    each = len(evaluation.models)
+    scores = [
+        task_scores(evaluation, row, found[each * index : each * (index + 1)])
+        for index, row in enumerate(evaluation.tasks)
+    ]
+    *outputs, last = work.outputs(Stage.EVALUATE)
+    metrics = {**measured(evaluation, scores), "speed": last["speed"], "parameters": _parameters(work, plan)}
+    noted = dict.fromkeys(sentence for output in outputs for sentence in output["warnings"])
+    return metrics, [*noted, *doubts(evaluation, scores)]
+
+
+def _parameters(work: Work, plan: Plan) -> dict[str, int]:
+    """Numbers stored: in the merged model with its heads, and in all experts together."""
+    merged = sum(prod(tensor.shape) for shard in plan.shards for tensor in shard.tensors)
+    heads = {head.task: head.tensors for head in plan.heads}
+    experts = 0
+    with TensorReader(work.objects) as reader:
+        base = reader.open(work.recipe.base, plan.inputs["base"])
+        for task in work.recipe.tasks:
+            checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"], base)
+            experts += sum(tensor.numel for tensor in checkpoint.tensors.values())
+            merged += sum(checkpoint.tensors[name].numel for name in heads.get(task.name, ()))
+    return {"merged": merged, "experts": experts}
 
 
 def _licenses(work: Work) -> dict[str, str | None]:
@@ -131,14 +184,14 @@ def _index(work: Work, plan: Plan) -> list[Artifact]:
     return [_write(work, artifacts.INDEX, json.dumps(index, indent=2))]
 
 
-def _trim_log(work: Work, plan: Plan) -> Artifact:
+def _trim_log(work: Work, plan: Plan) -> bytes:
     """The shards' logs, one after another."""
     pieces = []
     for index in range(len(plan.shards)):
         address = artifacts.trim_log_part(work.workspace, work.claim.job_id, index)
         with failures():
             pieces.append(work.objects.read_all(address, LOG_LIMIT_BYTES))
-    return write_artifact(work.objects, plan.prefix, artifacts.TRIM_LOG, b"".join(pieces))
+    return b"".join(pieces)
 
 
 def _trimmed(merged: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:

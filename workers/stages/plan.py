@@ -10,6 +10,7 @@ from service.contract import artifacts
 from service.contract.adapter import on_base
 from service.contract.checkpoint import Checkpoint, CheckpointFile
 from service.contract.errors import BadInput, OutputTaken
+from service.contract.evaluation import SPEED, Evaluation, is_text
 from service.contract.fit import Fit, fit
 from service.contract.parts import Done
 from service.contract.plan import Plan
@@ -23,7 +24,7 @@ from workers.tensors import TensorReader, write_artifact
 from workers.work import Work
 
 MANIFEST_LIMIT_BYTES = 256 << 20
-CALIBRATE_WEIGHT, EVALUATE_WEIGHT, FINALIZE_WEIGHT = 2.0, 2.0, 1.0
+CALIBRATE_WEIGHT, EVALUATE_WEIGHT, FINALIZE_WEIGHT = 2.0, 0.7, 1.0
 
 
 def run(work: Work) -> Done:
@@ -66,9 +67,18 @@ def _read_samples(objects: Objects, recipe: Recipe) -> dict[str, CheckpointFile]
     addresses |= {f"statistics:{task.name}": task.statistics for task in recipe.tasks if task.statistics}
     for row in recipe.evaluation.tasks if recipe.evaluation else ():
         addresses[f"labeled:{row.task}"] = row.labeled
+        if row.validation:
+            addresses[f"validation:{row.task}"] = row.validation
         if row.head:
             addresses[f"head:{row.task}"] = row.head.weight
-    return {name: read_header(objects, address)[0] for name, address in addresses.items()}
+    return {name: _read_file(objects, address) for name, address in addresses.items()}
+
+
+def _read_file(objects: Objects, address: str) -> CheckpointFile:
+    if not is_text(address):
+        return read_header(objects, address)[0]
+    info = objects.head(address)
+    return CheckpointFile(info.address, info.size, info.etag, info.version_id)
 
 
 def _refuse_unequal(work: Work, base: Checkpoint, tasks: Sequence[Checkpoint], found: Fit) -> None:
@@ -130,6 +140,23 @@ def _parts(recipe: Recipe, plan: Plan) -> Iterator[NewPart]:
     merge_weight = 2.0 * len(recipe.tasks) / max(plan.bytes_in, 1)
     for index, shard in enumerate(plan.shards):
         yield NewPart(Stage.MERGE, index, shard.file, merge_weight * shard.bytes_in, len(shard.tensors))
-    for index, row in enumerate(recipe.evaluation.tasks if recipe.evaluation else ()):
-        yield NewPart(Stage.EVALUATE, index, row.task, EVALUATE_WEIGHT)
+    if recipe.evaluation is not None:
+        yield from _baseline_parts(recipe.evaluation, plan, merge_weight)
+        yield from _evaluation_parts(recipe.evaluation)
     yield NewPart(Stage.FINALIZE, 0, "finalize", FINALIZE_WEIGHT)
+
+
+def _baseline_parts(evaluation: Evaluation, plan: Plan, merge_weight: float) -> Iterator[NewPart]:
+    """Every shard once more for each baseline, after those of the result."""
+    every = [(name, shard) for name in evaluation.baselines for shard in plan.shards]
+    for index, (name, shard) in enumerate(every, len(plan.shards)):
+        yield NewPart(
+            Stage.MERGE, index, f"{name}/{shard.file}", merge_weight * shard.bytes_in, tensors_total=len(shard.tensors)
+        )
+
+
+def _evaluation_parts(evaluation: Evaluation) -> Iterator[NewPart]:
+    """One for each model on each task, and one that looks at speed."""
+    for index, (row, model) in enumerate(evaluation.parts):
+        yield NewPart(Stage.EVALUATE, index, f"{row.task}/{model}", EVALUATE_WEIGHT)
+    yield NewPart(Stage.EVALUATE, len(evaluation.parts), SPEED, EVALUATE_WEIGHT)

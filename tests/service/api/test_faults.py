@@ -66,9 +66,12 @@ def test_a_fault_points_into_the_request(value: object, expected: list[tuple[str
         (recipe(metod={}), "did you mean 'method' or 'metadata'?"),
         (recipe(method={"name": "ties", "densty": 1}), "did you mean 'density'?"),
         (recipe(tasks=[changed(exemplar="s3://a/b")]), "did you mean 'exemplars'?"),
-        (recipe(evaluation={"tasks": [{"task": "cars", "labled": "s3://a/b", "labeled": "s3://a/b"}]}), "'labeled'"),
+        (
+            recipe(evaluation={"tasks": [{"task": "cars", "labled": "s3://a/b.csv", "labeled": "s3://a/b.csv"}]}),
+            "'labeled'",
+        ),
         (recipe(output={"prefx": "s3://a/b"}), "did you mean 'prefix'?"),
-        (recipe(output={"xyz": 1}), "there are: prefix, dtype, shard_bytes, overwrite."),
+        (recipe(output={"xyz": 1}), "there are: prefix, dtype, shard_bytes, overwrite, language."),
         (recipe(treatments=[{"match": "*", "use": "scale_mask", "parameters": {"balanc": 1}}]), "'balance'"),
     ],
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from service.contract import artifacts
 from service.contract.errors import StorageFailure
 from service.contract.job import Status
 from service.contract.parts import Counters
@@ -292,9 +293,15 @@ def test_deleting_a_merge_with_its_files_leaves_all_others(front: Front) -> None
     for other in others:
         front.put(other, b"mine")
     front.put("s3://merged/run/merge/removed-00001.safetensors", b"")
+    workspace = front.house.connections.workspace
+    scratch = artifacts.scratch(workspace, job["id"])
+    front.put(f"{scratch}baselines/ties/model.safetensors", b"large")
+    front.put(artifacts.scratch(workspace, "mrg_other") + "trim-log-00001.jsonl", b"another's")
     assert front.http.delete(job["links"]["self"], params={"artifacts": "true"}).status_code == 204
     left = [info.address for info in front.house.objects.list("s3://merged/")]
     assert left == sorted(others)
+    assert not list(front.house.objects.list(scratch))
+    assert list(front.house.objects.list(artifacts.scratch(workspace, "mrg_other")))
     assert front.http.get(job["links"]["self"]).status_code == 404
 
 

@@ -1,0 +1,239 @@
+"""Sets jobs side by side: what each kept, what sets their recipes apart, and what they cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from service.cli.output import human_bytes
+from service.contract.metrics import METRICS
+
+NONE = "-"
+Job = Mapping[str, Any]
+Read = Callable[[Job], float | None]
+ReadEnds = Callable[[Job], tuple[float, float] | None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of every job. ``values`` are numbers where it is one; ``best`` are the places of the best."""
+
+    name: str
+    cells: tuple[str, ...]
+    values: tuple[float | None, ...] = ()
+    best: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows that belong together."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Jobs, by id, and everything about them; ``warnings`` say where they can't fairly be compared."""
+
+    jobs: tuple[str, ...]
+    sections: tuple[Section, ...]
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+def compared(jobs: Sequence[Job]) -> Comparison:
+    """Compare jobs as the service tells of them; one that has no result yet has no figures."""
+    sections = (
+        Section("outcome", tuple(_outcome(jobs))),
+        Section("recipe, where it differs", tuple(_recipe(jobs))),
+        Section("kept of the expert's score", tuple(_retention(jobs))),
+        Section("score of the merged model", tuple(_scores(jobs))),
+        Section("cost", tuple(_cost(jobs))),
+    )
+    return Comparison(
+        jobs=tuple(job["id"] for job in jobs),
+        sections=tuple(section for section in sections if section.rows),
+        warnings=tuple(_warnings(jobs)),
+    )
+
+
+def _outcome(jobs: Sequence[Job]) -> Iterator[Row]:
+    yield Row("status", tuple(job["status"] for job in jobs))
+    yield Row("method", tuple(job["recipe"]["method"]["name"] for job in jobs))
+    gates = [_result(job).get("gates") or [] for job in jobs]
+    if any(gates):
+        yield Row("gates met", tuple(f"{sum(g['passed'] for g in found)} of {len(found)}" for found in gates))
+
+
+def _recipe(jobs: Sequence[Job]) -> Iterator[Row]:
+    """Every setting in which the jobs' recipes differ; where a result goes is no setting."""
+    flat = [dict(_flattened(job["recipe"])) for job in jobs]
+    for name in dict.fromkeys(name for settings in flat for name in settings):
+        values = [settings.get(name) for settings in flat]
+        if any(value != values[0] for value in values) and not name.startswith(("output.prefix", "metadata.")):
+            yield Row(name, tuple(NONE if value is None else str(value) for value in values))
+
+
+def _flattened(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    items: Iterator[tuple[str, object]]
+    if isinstance(value, Mapping):
+        items = iter(value.items())
+    elif isinstance(value, list):
+        items = ((_called(item, place), item) for place, item in enumerate(value))
+    else:
+        yield name, value
+        return
+    for key, item in items:
+        yield from _flattened(item, f"{name}.{key}" if name else str(key))
+
+
+def _called(item: object, place: int) -> str:
+    """A list's item by its name, or by the task it is about, rather than by its place."""
+    name = (item.get("name") or item.get("task")) if isinstance(item, Mapping) else None
+    return str(name or place)
+
+
+def _retention(jobs: Sequence[Job]) -> Iterator[Row]:
+    if not any(_metrics(job) for job in jobs):
+        return
+    for name, key in (("mean", "mean_retention"), ("worst", "worst_retention")):
+        yield _row(jobs, name, _reading(_metrics, key), _percent, interval=_reading_ends(_metrics, f"{key}_interval"))
+    for task in _tasks(jobs):
+        of = _about(task)
+        yield _row(jobs, task, _reading(of, "retention"), _percent, interval=_reading_ends(of, "intervals.retention"))
+
+
+def _scores(jobs: Sequence[Job]) -> Iterator[Row]:
+    for task in _tasks(jobs):
+        of = _about(task)
+        metric = next((str(of(job).get("metric") or "accuracy") for job in jobs if of(job)), "accuracy")
+        yield _row(
+            jobs,
+            f"{task} ({metric.replace('_', ' ')})",
+            _reading(of, "merged"),
+            _figure,
+            interval=_reading_ends(of, "intervals.merged"),
+            lower=any(name == metric and row.better == "lower" for name, row in METRICS.items()),
+        )
+
+
+def _cost(jobs: Sequence[Job]) -> Iterator[Row]:
+    if not any(_result(job) for job in jobs):
+        return
+    yield _row(jobs, "time", _reading(_result, "cost.seconds"), _seconds, lower=True)
+    yield _row(jobs, "read", _reading(_result, "cost.bytes_read"), human_bytes, lower=True)
+    yield _row(jobs, "written", _reading(_result, "cost.bytes_written"), human_bytes, lower=True)
+    yield _row(jobs, "stored", _reading(_result, "savings.bytes_after"), human_bytes, lower=True)
+    if any(_metrics(job).get("speed") for job in jobs):
+        name = "latency against the experts'"
+        yield _row(jobs, name, _reading(_metrics, "speed.latency_ratio"), _figure, lower=True)
+
+
+def _row(
+    jobs: Sequence[Job],
+    name: str,
+    read: Read,
+    write: Callable[[float], str],
+    *,
+    interval: ReadEnds | None = None,
+    lower: bool = False,
+) -> Row:
+    values = tuple(read(job) for job in jobs)
+    cells = [NONE if value is None else write(value) for value in values]
+    for place, job in enumerate(jobs):
+        ends = interval(job) if interval else None
+        if ends and values[place] is not None:
+            cells[place] += f" ({write(ends[0])} to {write(ends[1])})"
+    return Row(name, tuple(cells), values, _best(values, lower))
+
+
+def _best(values: Sequence[float | None], lower: bool) -> tuple[int, ...]:
+    """The places of the best value; none where all are equal."""
+    there = [value for value in values if value is not None and math.isfinite(value)]
+    if len(there) < 2 or min(there) == max(there):
+        return ()
+    best = min(there) if lower else max(there)
+    return tuple(place for place, value in enumerate(values) if value == best)
+
+
+def _warnings(jobs: Sequence[Job]) -> Iterator[str]:
+    """Where a comparison would mislead."""
+    unfinished = [job["id"] for job in jobs if not _result(job)]
+    if unfinished:
+        yield f"No result yet, or none any more: {', '.join(unfinished)}"
+    labeled = {frozenset(_labeled(job).items()) for job in jobs if _metrics(job)}
+    if len(labeled) > 1:
+        yield "The jobs were measured on different labeled samples: their scores can't be held against each other"
+    if len({job["recipe"]["base"] for job in jobs}) > 1:
+        yield "The jobs start from different bases"
+
+
+def _labeled(job: Job) -> dict[str, str]:
+    return {row["task"]: row["labeled"] for row in (job["recipe"].get("evaluation") or {}).get("tasks", [])}
+
+
+def _tasks(jobs: Sequence[Job]) -> list[str]:
+    return list(dict.fromkeys(task for job in jobs for task in _metrics(job).get("tasks", {})))
+
+
+def _result(job: Job) -> Mapping[str, Any]:
+    return job["result"] or {}
+
+
+def _metrics(job: Job) -> Mapping[str, Any]:
+    return _result(job).get("metrics") or {}
+
+
+def _about(task: str) -> Callable[[Job], Mapping[str, Any]]:
+    """What was measured on one task."""
+
+    def of(job: Job) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = _metrics(job).get("tasks", {}).get(task) or {}
+        return found
+
+    return of
+
+
+def _reading(of: Callable[[Job], Mapping[str, Any]], path: str) -> Read:
+    """How to read a figure at ``a.b`` below what is told of a job; None where it is not there."""
+
+    def read(job: Job) -> float | None:
+        value = _at(of(job), path)
+        return None if value is None else float(value)
+
+    return read
+
+
+def _reading_ends(of: Callable[[Job], Mapping[str, Any]], path: str) -> ReadEnds:
+    """How to read an interval; None where it is not there, or open."""
+
+    def read(job: Job) -> tuple[float, float] | None:
+        low, high = _at(of(job), path) or (None, None)
+        return None if low is None or high is None else (low, high)
+
+    return read
+
+
+def _at(told: Mapping[str, Any], path: str) -> Any:
+    value: Any = told
+    for key in path.split("."):
+        value = (value or {}).get(key)
+    return value
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s"

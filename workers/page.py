@@ -1,0 +1,264 @@
+"""Renders a report as one page that needs nothing but itself: no network, no fonts, no scripts from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from service.contract.metrics import METRICS
+from workers import charts, figures
+from workers.charts import Chart
+from workers.languages import LANGUAGES, MARK, both, known, plain, said, texts
+from workers.palette import all_colors
+
+# What a report may lack: an older one, or one of a merge that nothing was measured on.
+MAY_LACK = ("layers", "conflict", "search", "recipe", "inputs", "made_by", "plan")
+METRICS_MAY_LACK = (
+    "mean_retention_interval",
+    "worst_retention_interval",
+    "confidence",
+    "resamples",
+    "speed",
+    "parameters",
+)
+GATES_MAY_LACK = ("at_least", "at_most", "task", "use")
+SEARCH_MAY_LACK = ("chosen", "validation", "test")
+
+RECIPE_LIMIT_CHARACTERS = 60_000
+INPUTS_SHOWN = 200
+WARNINGS_SHOWN = 100
+POINTS = 100  # in one: differences of shares are told in points
+
+
+@dataclass(frozen=True)
+class Section:
+    """The charts of one chapter."""
+
+    charts: tuple[Chart, ...]
+
+    def named(self, *starts: str) -> list[Chart]:
+        """Those whose names begin so."""
+        return [chart for chart in self.charts if chart.name.startswith(starts)]
+
+
+def render_page(report: Mapping[str, Any]) -> str:
+    """The page of a report; reports that lack a chapter are rendered without it."""
+    report = _whole(report)
+    metrics, gates = report["metrics"], report["gates"]
+    drawn = Section(tuple(_charts(report)))
+    scripts = [_library(), _file("report.js")] if drawn.charts else [_file("report.js")]
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            metrics=metrics,
+            gates=gates,
+            missed=[gate for gate in gates if not gate["passed"]],
+            charts=drawn,
+            rows=_score_rows(metrics) if metrics else [],
+            baselines=_baselines(metrics) if metrics else [],
+            unsure=_unsure(metrics) if metrics else [],
+            trimming=_trimming(report),
+            facts=Markup(_data(drawn.charts)),  # noqa: S704  # escaped for a script element
+            scripts=[Markup(script) for script in scripts],  # noqa: S704  # our own, and the library's
+            hashes=[_hash(script) for script in scripts],
+            language=report.get("language") or LANGUAGES[0],
+            recipe=_recipe_text(report),
+            limits={"inputs": INPUTS_SHOWN, "warnings": WARNINGS_SHOWN},
+        )
+    )
+
+
+def _whole(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report with None for everything that it may lack, so that a misspelled name in the template is an error."""
+    metrics, search = report.get("metrics"), report.get("search")
+    return {
+        **dict.fromkeys(MAY_LACK),
+        **report,
+        "metrics": {**dict.fromkeys(METRICS_MAY_LACK), **metrics} if metrics else None,
+        "search": {**dict.fromkeys(SEARCH_MAY_LACK), **search} if search else None,
+        "gates": [{**dict.fromkeys(GATES_MAY_LACK), **gate} for gate in report.get("gates") or ()],
+    }
+
+
+def _charts(report: Mapping[str, Any]) -> Iterator[Chart]:
+    if report.get("metrics"):
+        yield from charts.quality_charts(report["metrics"], report.get("gates") or [])
+    if report.get("layers"):
+        yield from charts.layer_charts(report["layers"])
+    if report.get("conflict"):
+        yield from charts.conflict_charts(report["conflict"])
+    if report.get("search"):
+        yield from charts.search_charts(report["search"])
+
+
+# What is worked out before it is said
+
+
+def _score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per task, its scores written as its metric is usually given."""
+    return [
+        {
+            "task": name,
+            "metric": charts.metric_of(row),
+            "lower": row.get("better") == "lower" or _lower(charts.metric_of(row)),
+            "samples": row["samples"],
+            "retention": figures.percent(row["retention"]),
+            "retention_span": figures.span((row.get("intervals") or {}).get("retention"), "accuracy"),
+            "distinguishable": row.get("distinguishable"),
+            "cells": list(_cells(metrics, row)),
+        }
+        for name, row in metrics["tasks"].items()
+    ]
+
+
+def _cells(metrics: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str | None]]:
+    """Score, interval and what trimming gains over it: of merged, expert, every baseline that any task has, base."""
+    found, metric, baselines = charts.models_of(row), charts.metric_of(row), row.get("baselines") or {}
+    for model in ("merged", "expert", *_baseline_names(metrics), "base"):  # small screens show what comes first
+        value, ends = found.get(model, (None, None))
+        gain = figures.difference((baselines.get(model) or {}).get("gain"), metric)
+        yield figures.score(value, metric), figures.span(ends, metric), gain
+
+
+def _lower(metric: str) -> bool:
+    return any(row.better == "lower" for name, row in METRICS.items() if name == metric)
+
+
+def _baseline_names(metrics: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(name for row in metrics["tasks"].values() for name in row.get("baselines") or {}))
+
+
+def _baselines(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each baseline keeps on average, and how many points more trimming keeps."""
+    found = []
+    for name in _baseline_names(metrics):
+        pairs = [
+            (row["baselines"][name]["retention"], row["retention"])
+            for row in metrics["tasks"].values()
+            if name in (row.get("baselines") or {})
+        ]
+        whole = [(theirs, ours) for theirs, ours in pairs if theirs is not None and ours is not None]
+        theirs = sum(pair[0] for pair in whole) / len(whole) if whole else None
+        gain = POINTS * (sum(pair[1] for pair in whole) / len(whole) - theirs) if theirs is not None else None
+        found.append({"name": name, "value": theirs, "gain": None if gain is None else f"{gain:+.1f}"})
+    return found
+
+
+def _unsure(metrics: Mapping[str, Any]) -> list[str]:
+    return [name for name, row in metrics["tasks"].items() if row.get("distinguishable") is False]
+
+
+def _trimming(report: Mapping[str, Any]) -> dict[str, float] | None:
+    """Over all layers: the share of energy that was removed, and the share by which conflict fell."""
+    layers = report.get("layers")
+    if not layers:
+        return None
+    energy = sum(row["energy"] for row in layers["energy"])
+    removed = sum(row["energy"] * row["removed"] for row in layers["energy"])
+    before, after = (sum(row[when] for row in layers["conflict"]) for when in ("before", "after"))
+    if not energy or not before or not removed:
+        return None
+    return {"energy": removed / energy, "conflict": 1 - after / before}
+
+
+def _recipe_text(report: Mapping[str, Any]) -> str | None:
+    text = json.dumps(report["recipe"], indent=2, ensure_ascii=False) if report.get("recipe") else None
+    return text if text is not None and len(text) <= RECIPE_LIMIT_CHARACTERS else None
+
+
+# Putting it together
+
+
+def _data(drawn: Sequence[Chart]) -> str:
+    """The charts and their texts as JSON that no script element ends at."""
+    text = json.dumps([{"name": chart.name, "alt": MARK + chart.alt, "spec": _packed(chart.spec)} for chart in drawn])
+    used = {name: found for name, found in texts().items() if name == "chart_failed" or f'"{MARK}{name}"' in text}
+    whole = json.dumps({"texts": used, "charts": json.loads(text)}, ensure_ascii=False, separators=(",", ":"))
+    return whole.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _packed(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The chart with its data as lists of cells, words told once and then by number: a quarter of the size."""
+    values: list[dict[str, Any]] = spec["data"]["values"]
+    fields = list(values[0]) if values else []
+    words = {word: place for place, word in enumerate(dict.fromkeys(_words(values)))}
+    cells = [[words[row[f]] if isinstance(row[f], str) else row[f] for f in fields] for row in values]
+    spoken = [field for field in fields if isinstance(values[0][field], str)]
+    return {**spec, "data": {"fields": fields, "spoken": spoken, "words": list(words), "cells": cells}}
+
+
+def _words(values: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    return (value for row in values for value in row.values() if isinstance(value, str))
+
+
+@cache
+def _library() -> str:
+    """The chart library as text for a script element."""
+    return charts.library().replace("</script", "<\\/script")
+
+
+def _file(name: str) -> str:
+    return (files("workers") / "templates" / name).read_text("utf-8")
+
+
+def _hash(script: str) -> str:
+    """What the page's policy lets run: these very bytes and nothing else."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("workers"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": _glued(figures.percent),
+        "figure": figures.figure,
+        "score": _glued(figures.score),
+        "bytes": _glued(figures.size),
+        "seconds": _glued(figures.seconds),
+        "said": said,
+        "gate_figure": _glued(_gate_figure),
+        "parameters": charts.named_values,
+    }
+    environment.globals |= {
+        "t": both,
+        "plain": plain,
+        "known": known,
+        "span": figures.span,
+        "metric_of": charts.metric_of,
+        "colors": all_colors(),
+        "styles": Markup(_file("report.css")),  # noqa: S704  # our own
+    }
+    return environment
+
+
+def _glued(write: Callable[..., str]) -> Callable[..., str]:
+    """A number that no line break parts from its unit."""
+    return lambda *values: write(*values).replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _gate_figure(value: float | None, gate: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:
+    """A gate's figure in the unit of what it is about."""
+    if value is None or gate["metric"] in ("latency_ratio", "min_samples"):
+        return figures.figure(value)
+    if gate["metric"] == "model_bytes":
+        return figures.size(value)
+    if gate["metric"] in ("task_score", "task_drop"):
+        row = (metrics or {}).get("tasks", {}).get(gate.get("task"), {})
+        return figures.score(value, charts.metric_of(row))
+    return figures.percent(value)
