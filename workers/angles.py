@@ -1,4 +1,4 @@
-"""Inner products of checkpoints or task vectors, summed in float64 and piece by piece."""
+"""Inner products of checkpoints and of task vectors, piece by piece."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from torch import Tensor
 from workers.context import Context
 from workers.pieces import Pieces
 
+RUN = 1 << 11  # entries of which a product is summed in the vectors' own type: few, so that rounding stays below it
 CPU_BLOCK = 1 << 14  # entries that are summed at once: in float64 they stay in the cache for a few tasks
 GPU_BLOCK = 1 << 20
 
 
-def inner_products(pieces: Pieces, *, of_checkpoints: bool = False, and_base: bool = False) -> Tensor:
-    """The Gram matrix ``[K, K]`` of K task vectors, or of the base plus each of them: the checkpoints themselves.
+def vector_products(pieces: Pieces, *, with_base: bool = False) -> Tensor:
+    """The Gram matrix ``[K, K]`` of K task vectors, the base being the first of them ``with_base``.
 
-    With ``and_base`` the base is the first of these checkpoints, and there is one more of them.
-
-    In float64 and in host memory. Sums of pieces are added in their order, whoever made them.
+    In float64 and in host memory, from sums of RUN products in the vectors' own type, which leaves relative errors of
+    about that type's rounding unit. Sums of pieces are added in their order, whoever made them.
     """
 
     def products(task_vectors: Sequence[Tensor], context: Context) -> Tensor:
-        vectors = [torch.zeros_like(context.base), *task_vectors] if and_base else task_vectors
-        return _products(vectors, context.base if of_checkpoints else None)
+        vectors = [context.base, *task_vectors] if with_base else task_vectors
+        rows = torch.stack([vector.reshape(-1) for vector in vectors])
+        whole = rows.shape[1] // RUN * RUN
+        runs = rows[:, :whole].reshape(len(vectors), -1, RUN).transpose(0, 1)
+        total = torch.bmm(runs, runs.mT).sum(0, dtype=torch.float64)
+        rest = rows[:, whole:]
+        return (total + (rest @ rest.T).double()).cpu()
 
     first, *others = pieces.map(products)
     for part in others:
@@ -32,18 +37,28 @@ def inner_products(pieces: Pieces, *, of_checkpoints: bool = False, and_base: bo
     return first
 
 
-def _products(vectors: Sequence[Tensor], base: Tensor | None) -> Tensor:
-    vectors, base = [vector.reshape(-1) for vector in vectors], None if base is None else base.reshape(-1)
-    count = len(vectors[0])
-    block = CPU_BLOCK if vectors[0].device.type == "cpu" else GPU_BLOCK
-    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=vectors[0].device)
-    room = torch.empty(len(vectors), min(block, count), dtype=torch.float64, device=total.device)
+def inner_products(pieces: Pieces) -> Tensor:
+    """The Gram matrix ``[K, K]`` of K checkpoints, the base plus each task vector, all of it in float64.
+
+    For what depends on small differences of nearly parallel checkpoints. In host memory; sums of pieces are added in
+    their order, whoever made them.
+    """
+    first, *others = pieces.map(lambda task_vectors, context: _products(task_vectors, context.base))
+    for part in others:
+        first += part
+    return first
+
+
+def _products(vectors: Sequence[Tensor], base: Tensor) -> Tensor:
+    vectors, base = [vector.reshape(-1) for vector in vectors], base.reshape(-1)
+    count = len(base)
+    block = CPU_BLOCK if base.device.type == "cpu" else GPU_BLOCK
+    total = torch.zeros(len(vectors), len(vectors), dtype=torch.float64, device=base.device)
+    room = torch.empty(len(vectors), min(block, count), dtype=torch.float64, device=base.device)
     for first in range(0, count, block):
         part = slice(first, first + block)
-        rows = room[:, : len(vectors[0][part])]
+        rows = room[:, : len(base[part])]
         for row, vector in zip(rows, vectors, strict=True):
-            row.copy_(vector[part])
-            if base is not None:
-                row.add_(base[part])
+            row.copy_(vector[part]).add_(base[part])
         total.addmm_(rows, rows.T)
     return total.cpu()

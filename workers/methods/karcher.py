@@ -31,7 +31,7 @@ def look(pieces: Pieces, weights: Sequence[float], params: Karcher) -> Factors:
     The mean lies in the span of the checkpoints, so that the iteration runs on coefficients and cosines, and tensors
     are read twice whatever the number of steps.
     """
-    products = inner_products(pieces, of_checkpoints=True)
+    products = inner_products(pieces)
     lengths = products.diagonal().sqrt()
     shares = torch.tensor(weights, dtype=torch.float64)
     shares = shares / shares.sum()

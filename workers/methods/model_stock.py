@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from service.contract.methods import ModelStock
-from workers.angles import inner_products
+from workers.angles import vector_products
 from workers.combining import weighted_mean
 from workers.context import Context
 from workers.pieces import Pieces
@@ -16,7 +16,7 @@ from workers.pieces import Pieces
 
 def look(pieces: Pieces, weights: Sequence[float], params: ModelStock) -> float:  # noqa: ARG001
     """t, from the angles between the task vectors of this parameter."""
-    return 1.0 if pieces.tasks == 1 else _ratio(inner_products(pieces), weights)
+    return 1.0 if pieces.tasks == 1 else _ratio(vector_products(pieces), weights)
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: ModelStock, context: Context) -> Tensor:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from service.contract.methods import Slerp
-from workers.angles import inner_products
+from workers.angles import vector_products
 from workers.context import Context
 from workers.pieces import Pieces
 
@@ -20,7 +21,7 @@ def look(pieces: Pieces, weights: Sequence[float], params: Slerp) -> tuple[float
     is_alone = pieces.tasks == 1
     shares = [0.5, 0.5] if is_alone else weights
     t = shares[1] / sum(shares) if params.t is None else params.t
-    return _coefficients(inner_products(pieces, of_checkpoints=True, and_base=is_alone), t)
+    return _coefficients(*_triangle(vector_products(pieces, with_base=True), is_alone), t)
 
 
 def merge(
@@ -43,11 +44,24 @@ def merge(
     return merged.add_(context.base, alpha=drift)
 
 
-def _coefficients(products: Tensor, t: float) -> tuple[float, float, float]:
-    """Factors of W_1 and of W_2, and by how much their sum exceeds 1."""
-    length = math.sqrt(float(products[0, 0]) * float(products[1, 1]))
-    angle = math.acos(max(-1.0, min(1.0, float(products[0, 1]) / length))) if length else 0.0
-    if math.sin(angle) < LEAST_SINE:
+def _triangle(products: Tensor, is_alone: bool) -> tuple[float, float, float]:
+    """Squared length of W_1, its product with D = W_2 - W_1, and the squared length of D; of base and task vectors."""
+    sides = torch.tensor([[1.0, 0.0], [0.0, 1.0]] if is_alone else [[1.0, 1.0, 0.0], [0.0, -1.0, 1.0]])
+    found = sides.double() @ products @ sides.double().T
+    return float(found[0, 0]), float(found[0, 1]), float(found[1, 1])
+
+
+def _coefficients(start: float, along: float, way: float, t: float) -> tuple[float, float, float]:
+    """Factors of W_1 and of W_2, and by how much their sum exceeds 1.
+
+    The sine comes from the part of D that is at right angles to W_1: of two nearly parallel checkpoints, products of
+    their own would leave it to rounding.
+    """
+    end = start + 2 * along + way
+    length = math.sqrt(start * end) if end > 0 else 0.0
+    sine = math.sqrt(max(0.0, start * way - along * along)) / length if length else 0.0
+    if sine < LEAST_SINE:
         return 1 - t, t, 0.0
+    angle = math.atan2(sine, (start + along) / length)
     first, second = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
     return first, second, first + second - 1
