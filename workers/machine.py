@@ -11,7 +11,6 @@ from workers.settings import WorkerSettings
 def prepare(settings: WorkerSettings) -> str:
     """Set this process's threads and return the device to compute on. Raises SettingsError."""
     torch.set_num_threads(settings.threads)
-    torch.backends.cuda.matmul.allow_tf32 = False  # merging subtracts nearly equal numbers
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,3 +19,12 @@ def prepare(settings: WorkerSettings) -> str:
     except (RuntimeError, AssertionError) as error:
         raise SettingsError(f"CATMERGE_DEVICE is {settings.device!r}, which torch can't use here: {error}") from None
     return device
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether an NVIDIA GPU may round what float32 products and convolutions multiply to 10 bits (torch: TF32).
+
+    torch itself would let convolutions do so.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed

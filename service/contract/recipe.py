@@ -105,6 +105,9 @@ class Recipe(Frozen):
     gates: tuple[Gate, ...] = Field((), max_length=100)
     output: Output = Field(default_factory=Output)
     seed: int = Field(0, ge=0, lt=2**63)
+    allow_tf32: bool = Field(
+        False, description="On NVIDIA GPUs, multiply in TF32: faster, but with 10 bits of what float32 has 23 of"
+    )
     metadata: Metadata = Field(default_factory=dict)
     deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
 

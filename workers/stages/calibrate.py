@@ -21,6 +21,7 @@ from service.stores.objects import failures
 from workers.exemplars import naming
 from workers.forward import check_inputs, watch_inputs
 from workers.loading import load_model
+from workers.machine import allow_tf32
 from workers.skeleton import read_skeleton
 from workers.statistics import Statistic
 from workers.statistics_file import StatisticsFile, write_statistics
@@ -43,6 +44,7 @@ def run(work: Work) -> Done:
         BadInput: the exemplars or the statistics do not fit the model.
         InputChanged, StorageFailure, UnsupportedArchitecture.
     """
+    allow_tf32(work.recipe.allow_tf32)
     plan = work.plan()
     task = work.recipe.tasks[work.part]
     output: dict[str, Any] = {}

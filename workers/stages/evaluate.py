@@ -13,6 +13,7 @@ from workers.bootstrap import figures
 from workers.exemplars import naming
 from workers.figures_file import ModelScores, read_scores, write_scores
 from workers.forward import check_inputs
+from workers.machine import allow_tf32
 from workers.metrics import KINDS
 from workers.speed import compare
 from workers.tensors import TensorReader
@@ -29,6 +30,7 @@ def run(work: Work) -> Done:
         BadInput: samples, labels or head do not fit the model.
         InputChanged, StorageFailure, UnsupportedArchitecture.
     """
+    allow_tf32(work.recipe.allow_tf32)
     evaluation = work.recipe.evaluation
     if evaluation is None:
         raise BadInput("the recipe asks for no evaluation")

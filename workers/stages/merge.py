@@ -19,6 +19,7 @@ from service.contract.stages import Stage
 from service.stores.objects import failures
 from workers.baselines import as_asked
 from workers.low_rank import LowRankVector
+from workers.machine import allow_tf32
 from workers.magnitudes import Cut
 from workers.merging import Merged, is_entrywise, merge_tensor
 from workers.statistics import Statistic
@@ -50,6 +51,7 @@ def run(work: Work) -> Done:
         BadTensor, BadInput: an input is not what it should be; the tensor is named.
         InputChanged, StorageFailure.
     """
+    allow_tf32(work.recipe.allow_tf32)
     work, plan = as_asked(work, work.plan())
     shard = plan.shards[work.part]
     rows: list[dict[str, Any]] = []
