@@ -18,6 +18,7 @@ from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from service.stores.objects import failures
 from workers.baselines import as_asked
+from workers.chosen import as_chosen
 from workers.low_rank import LowRankVector
 from workers.magnitudes import Cut
 from workers.merging import Merged, is_entrywise, merge_tensor
@@ -50,7 +51,12 @@ def run(work: Work) -> Done:
         BadTensor, BadInput: an input is not what it should be; the tensor is named.
         InputChanged, StorageFailure.
     """
-    work, plan = as_asked(work, work.plan())
+    work = as_chosen(work)
+    return merge_shard(*as_asked(work, work.plan()))
+
+
+def merge_shard(work: Work, plan: Plan) -> Done:
+    """As ``run``, of the shard that ``work.part`` counts in ``plan``."""
     shard = plan.shards[work.part]
     rows: list[dict[str, Any]] = []
     removed: dict[str, Tensor] = {}
