@@ -25,7 +25,7 @@ class Facts:
     ``layers`` is what ``workers.trim_log.summarize`` makes of the trim log; ``inputs`` has every input's role, address,
     size and SHA-256; ``made_by`` says on what: device, engine, versions. ``conflict`` and ``search`` are there where
     tasks were held against each other, and where parameters were searched for; ``warnings`` is what stages after
-    planning have to say.
+    planning have to say. ``recipe`` is what was merged by, ``asked`` what was asked for, where that left a choice.
     """
 
     recipe: Recipe
@@ -42,6 +42,7 @@ class Facts:
     conflict: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
     warnings: Sequence[str] = ()
+    asked: Recipe | None = None
 
 
 def build_report(facts: Facts) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "cost": _cost(facts.so_far),
         "savings": _savings(facts),
         "plan": facts.plan.summary(),
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": (facts.asked or recipe).model_dump(mode="json"),
         "inputs": list(facts.inputs),
         "made_by": facts.made_by,
         "licenses": {"inputs": facts.licenses, "result": conjunction(facts.licenses)},
@@ -111,5 +112,6 @@ def render_card(report: Mapping[str, Any]) -> str:
     )
     environment.filters["percent"] = figures.percent
     environment.filters["score"] = figures.score
+    environment.filters["figure"] = figures.figure
     environment.filters["metric_of"] = metric_of
     return environment.get_template("card.md").render(report=report)

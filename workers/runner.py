@@ -14,6 +14,7 @@ from service.contract.stages import PartMessage, Stage
 from service.stores.database import Database
 from service.stores.objects import open_objects
 from service.stores.parts import PartStore
+from service.stores.studies import JobStudy
 from workers.cleanup import remove_outputs
 from workers.watch import Heartbeat, Watch
 from workers.work import Work
@@ -43,8 +44,9 @@ class Runner:
         self._device = device
         self._calibration_bytes = calibration_bytes
         self._objects = open_objects(connections)
+        self._database = Database(connections.database_url)
         self._parts = PartStore(
-            Database(connections.database_url),
+            self._database,
             lease_seconds=connections.lease_seconds,
             part_attempts=connections.part_attempts,
         )
@@ -102,6 +104,7 @@ class Runner:
             outputs=lambda stage: self._parts.outputs(claim.job_id, stage),
             so_far=lambda: self._parts.so_far(claim.job_id),
             calibration_bytes=self._calibration_bytes,
+            study=JobStudy(self._database, claim) if claim.recipe.search else None,
         )
 
     def _fail(self, claim: Claim, failure: Failure, watch: Watch) -> None:

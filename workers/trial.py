@@ -119,6 +119,12 @@ class Trial:
         self.work.watch.step(bytes_read=sum(tensor.nbytes for tensor in weights.values()))
         return load_model(self.checkpoint.config or {}, weights, self.work.device)
 
+    def load_merged(self, merged: Mapping[str, Tensor]) -> nn.Module:
+        """A merged model whose tensors are at hand, with the task's head. Raises BadInput."""
+        head = self.reader.read(self.checkpoint, sorted(self._head_names))
+        shared = {name: tensor for name, tensor in merged.items() if name in self._shared}
+        return load_model(self.checkpoint.config or {}, head | shared, self.work.device)
+
     def _weights(self, model: str) -> dict[str, Tensor]:
         if model == "expert":
             return self.reader.read(self.checkpoint, self.checkpoint.tensors)

@@ -11,6 +11,7 @@ from service.contract.parts import Claim, SoFar
 from service.contract.plan import Plan
 from service.contract.recipe import Recipe
 from service.contract.stages import Stage
+from service.contract.trials import Study
 from service.stores.objects import Objects, failures
 from workers.watch import Watch
 
@@ -23,7 +24,8 @@ class Work:
 
     ``outputs`` gives what the parts of an earlier stage left, in their order; ``so_far`` what the job has cost until
     now; ``device`` is torch's name of the device to compute on, ``calibration_bytes`` what a model's weights may take
-    there while it is calibrated, if there is a limit.
+    there while it is calibrated, if there is a limit. ``study`` holds the trials of a search; ``planned`` is a plan
+    that stands for the first stage's.
     """
 
     claim: Claim
@@ -34,6 +36,8 @@ class Work:
     outputs: Callable[[Stage], list[dict[str, Any]]]
     so_far: Callable[[], SoFar]
     calibration_bytes: int | None = None
+    study: Study | None = None
+    planned: Plan | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -48,6 +52,8 @@ class Work:
         return self.claim.prefix + name
 
     def plan(self) -> Plan:
-        """The plan that the first stage wrote. Raises StorageFailure, InputMissing."""
+        """The plan that the first stage wrote, or what stands for it. Raises StorageFailure, InputMissing."""
+        if self.planned is not None:
+            return self.planned
         with failures():
             return Plan.model_validate_json(self.objects.read_all(self.address(artifacts.PLAN), PLAN_LIMIT_BYTES))

@@ -90,6 +90,21 @@ def figures(workspace: str, job_id: str, index: int) -> str:
     return f"{scratch(workspace, job_id)}figures-{index + 1:05d}.safetensors"
 
 
+def structure(workspace: str, job_id: str, digest: str) -> str:
+    """Where a search's merge at scaling 1 lies, by the digest of all but the scaling; deleted when the job ends."""
+    return f"{scratch(workspace, job_id)}search/{digest}.json"
+
+
+def trial(workspace: str, job_id: str, number: int) -> str:
+    """The folder of what one trial of a search merges; deleted when the job ends, or sooner."""
+    return f"{scratch(workspace, job_id)}search/{number:05d}/"
+
+
+def trial_surveys(workspace: str, job_id: str, number: int) -> str:
+    """The folder of what one trial of a search surveys, for the merge if it is chosen."""
+    return f"{scratch(workspace, job_id)}search/surveys-{number:05d}/"
+
+
 def baseline(workspace: str, job_id: str, method: str) -> str:
     """The folder of a merge that the result is only compared with; deleted when the job ends."""
     return f"{scratch(workspace, job_id)}baselines/{method}/"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from typing import Any
 
 from service.contract import artifacts
 from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, CheckpointFile, TensorInfo, group_shards
@@ -51,9 +52,23 @@ def make_plan(
         tied={name: parameter.tied_to for name, parameter in parameters.items() if parameter.tied_to},
         bytes_in=sum(shard.bytes_in for shard in shards) + sum(head.bytes for head in heads),
         bytes_out=sum(shard.bytes_out for shard in shards) + sum(head.bytes for head in heads),
-        peak_memory_bytes=_peak_memory(recipe, tensors),
+        peak_memory_bytes=max(_peak_memory(recipe, tensors, method) for method in _methods(recipe)),
         warnings=(*found.warnings, *warnings),
     )
+
+
+def replanned(plan: Plan, recipe: Recipe) -> Plan:
+    """The plan of the same merge by another method: of the trial of a search, or of the recipe that it chose."""
+
+    def again(tensor: TensorPlan) -> TensorPlan:
+        changes = _by_method(recipe, tensor.name, tensor.role, tensor.source == "merged")
+        return tensor.model_copy(update=changes)
+
+    shards = tuple(
+        shard.model_copy(update={"tensors": tuple(again(tensor) for tensor in shard.tensors)}) for shard in plan.shards
+    )
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    return plan.model_copy(update={"shards": shards, "peak_memory_bytes": _peak_memory(recipe, tensors, recipe.method)})
 
 
 def pin(file: CheckpointFile) -> Pinned:
@@ -70,8 +85,6 @@ def _pinned(checkpoint: Checkpoint) -> tuple[Pinned, ...]:
 
 
 def _tensor(recipe: Recipe, info: TensorInfo, parameter: Parameter, is_merged: bool) -> TensorPlan:
-    override = recipe.override(info.name) if is_merged else None
-    method = override or recipe.method
     return TensorPlan(
         name=info.name,
         dtype=info.dtype if recipe.output.dtype == "base" or not is_merged else recipe.output.dtype,
@@ -82,10 +95,24 @@ def _tensor(recipe: Recipe, info: TensorInfo, parameter: Parameter, is_merged: b
         transposed=parameter.transposed,
         blocks=parameter.blocks,
         source="merged" if is_merged else "base",
-        treatment=_treatment(recipe, method, info.name, parameter.role) if is_merged else Keep(),
-        method=override,
-        observed=is_merged and parameter.role in method.combining.observes,
+        **_by_method(recipe, info.name, parameter.role, is_merged),
     )
+
+
+def _by_method(recipe: Recipe, name: str, role: Role, is_merged: bool) -> dict[str, Any]:
+    """What of a tensor's plan the method decides. In a search, whatever a trial may observe is observed."""
+    override = recipe.override(name) if is_merged else None
+    method = override or recipe.method
+    treatment = _treatment(recipe, method, name, role) if is_merged else Keep()
+    observed = role in method.combining.observes or _may_be_observed(recipe, name, role)
+    return {"treatment": treatment, "method": override, "observed": is_merged and observed}
+
+
+def _may_be_observed(recipe: Recipe, name: str, role: Role) -> bool:
+    methods = _methods(recipe) if recipe.search else ()
+    treatments = (_treatment(recipe, method, name, role) for method in methods)
+    needs = any(type(treatment).statistic != "none" for treatment in treatments)
+    return needs or any(role in method.combining.observes for method in methods)
 
 
 def _treatment(recipe: Recipe, method: AnyMethod, name: str, role: Role) -> Treatment:
@@ -119,24 +146,30 @@ def _head(task: str, checkpoint: Checkpoint, names: Sequence[str]) -> HeadPlan:
     return HeadPlan(task=task, tensors=tuple(names), bytes=size)
 
 
-def _peak_memory(recipe: Recipe, tensors: Sequence[TensorPlan]) -> int:
+def _methods(recipe: Recipe) -> tuple[AnyMethod, ...]:
+    """What may be merged by: the recipe's method, or those that a search may try."""
+    return recipe.search.methods(recipe.method) if recipe.search else (recipe.method,)
+
+
+def _peak_memory(recipe: Recipe, tensors: Sequence[TensorPlan], method: AnyMethod) -> int:
     """What one worker holds at most while it merges: its largest tensor, and what is read ahead and written behind."""
-    return max((_held_bytes(recipe, tensor) for tensor in tensors), default=0) + STREAM_BYTES
+    return max((_held_bytes(recipe, tensor, method) for tensor in tensors), default=0) + STREAM_BYTES
 
 
-def _held_bytes(recipe: Recipe, tensor: TensorPlan) -> int:
+def _held_bytes(recipe: Recipe, tensor: TensorPlan, method: AnyMethod) -> int:
     """What is held of one tensor at once: nothing where entry after entry is merged and written.
 
     Else all checkpoints' tensors and the merged one as they are stored; and where the method or a treatment looks at
     the whole of it, task vectors, base and update in float32, with the answers of every task vector to all inputs
     (a projection) or copies in double precision (a method that factors matrices).
     """
-    method = tensor.method or recipe.method
+    method = tensor.method or method
     tasks = len(recipe.tasks)
     if tensor.source == "base" or (method.entrywise and not method.trims):
         return 0
     stored = _bytes_in(tensor, tasks) + tensor.nbytes
     if method.pieces != "none" and not method.trims:
         return stored
-    copies = 2 * tasks if isinstance(tensor.treatment, Projection) or method.combining.by_matrix else 0
+    treatment = _treatment(recipe, method, tensor.name, tensor.role)
+    copies = 2 * tasks if isinstance(treatment, Projection) or method.combining.by_matrix else 0
     return stored + prod(tensor.shape) * COMPUTE_BYTES * (tasks + 2 + copies)

@@ -10,10 +10,12 @@ from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, fie
 
 from service.contract.addresses import Address, Name, Prefix
 from service.contract.base import Frozen
+from service.contract.errors import BadInput
 from service.contract.evaluation import Evaluation, Gate, baseline_method, gate_fault
 from service.contract.methods import AnyMethod, Cat, Method
 from service.contract.patterns import checked_pattern, matches
 from service.contract.presets import PresetName, expanded
+from service.contract.search import WEIGHT, Parameters, Search, changed, search_faults
 from service.contract.treatments import TREATMENTS, Treatment, treatment_adapter
 
 MAX_TASKS = 64
@@ -103,6 +105,7 @@ class Recipe(Frozen):
     )
     evaluation: Evaluation | None = None
     gates: tuple[Gate, ...] = Field((), max_length=100)
+    search: Search | None = Field(None, description="Parameters to search for, in place of those that are given")
     output: Output = Field(default_factory=Output)
     seed: int = Field(0, ge=0, lt=2**63)
     allow_tf32: bool = Field(
@@ -200,6 +203,31 @@ class Recipe(Frozen):
             if fault is not None:
                 raise ValueError(fault)
         return gates
+
+    @field_validator("search")
+    @classmethod
+    def _search_fits(cls, search: Search | None, info: ValidationInfo) -> Search | None:
+        known = info.data
+        if search is None or not {"tasks", "method", "overrides", "evaluation"} <= known.keys():
+            return search  # what is wrong there is said there
+        names = [task.name for task in known["tasks"]]
+        evaluation, method = known["evaluation"], known["method"]
+        for fault in search_faults(search, method, names, evaluation, is_overridden=bool(known["overrides"])):
+            raise ValueError(fault)
+        for other in search.methods(method):
+            cls._method_fits_tasks(other, info)
+        return search
+
+    def tried(self, parameters: Parameters) -> Recipe:
+        """The recipe of a trial. Raises BadInput where the parameters do not go together."""
+        asked = self.model_dump(mode="json", exclude={"search"})
+        asked["method"] = changed(self.method, parameters)
+        for task in asked["tasks"]:
+            task["weight"] = parameters.get(WEIGHT + task["name"], task["weight"])
+        try:
+            return Recipe.model_validate(asked)
+        except ValidationError as error:
+            raise BadInput("; ".join(fault["msg"] for fault in error.errors())) from None
 
     def override(self, name: str) -> AnyMethod | None:
         """The method as the first override that matches a parameter's name changes it; None where none does."""

@@ -73,7 +73,9 @@ class PartStore:
         with self._database.write() as connection:
             lock_job(connection, claim.job_id)
             held = connection.execute(
-                update(parts).where(*_held(claim)).values(lease_until=now() + self._lease_seconds, **_counted(counters))
+                update(parts)
+                .where(*held_by(claim))
+                .values(lease_until=now() + self._lease_seconds, **_counted(counters))
             ).rowcount
             if held:
                 touch(connection, claim.job_id)
@@ -83,7 +85,7 @@ class PartStore:
         """Announce that the result is about to become visible: from here the job can't be cancelled."""
         with self._database.write() as connection:
             lock_job(connection, claim.job_id)
-            return bool(connection.execute(update(parts).where(*_held(claim)).values(committing=True)).rowcount)
+            return bool(connection.execute(update(parts).where(*held_by(claim)).values(committing=True)).rowcount)
 
     def complete(self, claim: Claim, done: Done, counters: Counters) -> list[PartMessage] | None:
         """Record that a part is done and move its job on; returns what to send, or None where the claim was lost."""
@@ -91,7 +93,7 @@ class PartStore:
             job = lock_job(connection, claim.job_id)
             held = connection.execute(
                 update(parts)
-                .where(*_held(claim))
+                .where(*held_by(claim))
                 .values(
                     state="done",
                     committing=False,
@@ -114,7 +116,7 @@ class PartStore:
         """Try the part again later where that may help, else fail the job. True where the job has failed."""
         with self._database.write() as connection:
             lock_job(connection, claim.job_id)
-            row = connection.execute(select(parts).where(*_held(claim))).one_or_none()
+            row = connection.execute(select(parts).where(*held_by(claim))).one_or_none()
             return row is not None and self._retry_or_fail(connection, row, failure)
 
     def release(self, claim: Claim) -> PartMessage | None:
@@ -122,7 +124,7 @@ class PartStore:
         with self._database.write() as connection:
             lock_job(connection, claim.job_id)
             held = connection.execute(
-                update(parts).where(*_held(claim)).values(**_unclaimed(), tries=parts.c.tries - 1, not_before=now())
+                update(parts).where(*held_by(claim)).values(**_unclaimed(), tries=parts.c.tries - 1, not_before=now())
             ).rowcount
             return PartMessage(claim.stage, claim.job_id, claim.part) if held else None
 
@@ -387,7 +389,7 @@ def _is(message: PartMessage) -> tuple[Any, ...]:
     )
 
 
-def _held(claim: Claim) -> tuple[Any, ...]:
+def held_by(claim: Claim) -> tuple[Any, ...]:
     """A part that is done keeps its token, and is nobody's: what comes twice counts once."""
     message = PartMessage(claim.stage, claim.job_id, claim.part)
     return (*_is(message), parts.c.claim == claim.token, parts.c.state == "claimed")

@@ -9,6 +9,7 @@ from sqlalchemy import (
     Column,
     Double,
     ForeignKey,
+    ForeignKeyConstraint,
     Index,
     Integer,
     MetaData,
@@ -76,6 +77,25 @@ parts = Table(
     Column("bytes_written", BigInteger, nullable=False),
     Column("output", JSON(none_as_null=True)),
     Index(None, "state", "not_before"),
+)
+
+trials = Table(  # of a job's search; gone with the parts that made them, as when a job is planned again
+    "trials",
+    metadata,
+    Column("job_id", String(64), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("stage", String(16), nullable=False),
+    Column("part", Integer, nullable=False),
+    Column("state", String(16), nullable=False),  # running, complete, failed, lost
+    Column("parameters", JSON, nullable=False),
+    Column("value", Double),
+    Column("detail", Text),
+    Column("output", JSON, nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("finished_at", Double),
+    ForeignKeyConstraint(
+        ["job_id", "stage", "part"], ["parts.job_id", "parts.stage", "parts.part"], ondelete="CASCADE"
+    ),
 )
 
 events = Table(

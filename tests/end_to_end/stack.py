@@ -57,6 +57,10 @@ class Program:
                 start_new_session=True,
             )
 
+    def twin(self) -> Program:
+        """Another process of the same kind, to be started."""
+        return Program(self._command, self._environment, self._log.with_suffix(".twin.log"))
+
     def stop(self) -> int | None:
         """Ask it to stop, and kill what is left of its group; its exit status is 0 where it went in order."""
         if self._process is None:

@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 
 from service.contract.stages import Queue
 from service.stores.database import Database
-from service.stores.schema import parts
+from service.stores.schema import parts, trials
 from tests.checkpoints import Family, change_tensors
 from tests.end_to_end.conftest import connect
 from tests.end_to_end.stack import Stack, open_stack, until
@@ -379,3 +379,49 @@ def test_a_message_twice_counts_once(worker: Stack, broker: Broker, database: Da
     done = [(row["data"]["stage"], row["data"]["part"]) for row in worker.events(job_id) if row["type"] == "part.done"]
     assert len(done) == len(set(done))
     check_whole(worker, job_id)
+
+
+def test_a_worker_killed_in_a_search(worker: Stack, database: Database, pair: Family) -> None:
+    """Two workers do trials at once; the one that dies loses its trial, and the other one does it anew."""
+    rows = [{"task": task, "labeled": f"{PLACE}{task}-labeled.safetensors"} for task in pair.tasks]
+    rows = [{**row, "validation": row["labeled"]} for row in rows]
+    search = {"space": {"scaling": {"low": 0.1, "high": 1.0}, "rank": [0, 1, 2]}, "trials": 16}
+    worker.run(recipe(pair))  # it is at work for sure; and so is its twin when it says so
+    twin = worker.worker.twin()
+    twin.start()
+    try:
+        until(lambda: "Ready" in twin.log(), "the twin is ready", worker.logs)
+        job_id = worker.submit(recipe(pair, evaluation={"tasks": rows, "resamples": 100}, search=search))["id"]
+        until(lambda: _both_frozen(worker, twin, database, job_id), "two trials run at once", worker.logs, every=0.01)
+        twin.kill()
+        worker.worker.signal(signal.SIGCONT)
+        found = worker.succeeded(job_id)["result"]["search"]
+    finally:
+        worker.worker.signal(signal.SIGCONT)
+        twin.kill()
+    known = [row["state"] for row in found["trials"]]
+    assert (known.count("lost"), known.count("complete"), len(known)) == (1, 16, 17)
+    lost = [row["data"] for row in worker.events(job_id) if row["type"] == "part.retried"]
+    assert [(row["stage"], row["code"]) for row in lost] == [("search", "worker_lost")]
+    best = max(found["trials"], key=lambda row: (row["value"] or 0, -row["number"]))
+    assert found["chosen"] == best["parameters"]
+    check_whole(worker, job_id)
+
+
+def _both_frozen(stack: Stack, twin: Any, database: Database, job_id: str) -> bool:
+    """Freeze both workers where each of them has a trial; let them go on where that was a moment ago."""
+    if _running(database, job_id) < 2:
+        return False
+    for program in (stack.worker, twin):
+        program.signal(signal.SIGSTOP)
+    if _running(database, job_id) == 2:
+        return True
+    for program in (stack.worker, twin):
+        program.signal(signal.SIGCONT)
+    return False
+
+
+def _running(database: Database, job_id: str) -> int:
+    with database.read() as connection:
+        query = select(func.count()).where(trials.c.job_id == job_id, trials.c.state == "running")
+        return int(connection.execute(query).scalar_one())

@@ -1,6 +1,7 @@
 """Runs a job's stages one after another in this process, on a real folder: no broker and no database."""
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from service.contract.parts import Claim, Done, SoFar
 from service.contract.recipe import Recipe
 from service.contract.stages import Stage
+from service.contract.trials import Propose, TrialRecord
 from service.stores.local import LocalStore
 from service.stores.objects import Objects
 from tests.workers.architectures import Case
@@ -19,6 +21,30 @@ from tests.workers.tiny_models import build, configuration
 from workers.stages import RUN
 from workers.watch import Watch
 from workers.work import Work
+
+
+@dataclass
+class Trials:
+    """A job's trials in a list; a part asks for one at most."""
+
+    known: list[TrialRecord] = field(default_factory=list)
+    asked_at: float | None = None
+
+    def ask(self, propose: Propose, seconds: float | None) -> TrialRecord | None:
+        if self.asked_at is None:
+            self.asked_at = time.monotonic()
+        is_over = bool(self.known) and seconds is not None and time.monotonic() > self.asked_at + seconds
+        parameters = None if is_over else propose(self.known)
+        if parameters is None:
+            return None
+        self.known.append(TrialRecord(len(self.known), len(self.known), "running", parameters))
+        return self.known[-1]
+
+    def tell(self, trial: TrialRecord) -> None:
+        self.known[trial.number] = trial
+
+    def trials(self) -> list[TrialRecord]:
+        return list(self.known)
 
 
 @dataclass
@@ -30,6 +56,7 @@ class Run:
     calibration_bytes: int | None = None
     done: dict[Stage, list[Done]] = field(default_factory=dict)
     bytes_read: dict[Stage, int] = field(default_factory=dict)
+    study: Trials = field(default_factory=Trials)
 
     def go(self) -> None:
         """Everything up to the merged weights."""
@@ -65,22 +92,26 @@ class Run:
         for file in (self.folder / "workspace").rglob("cache/statistics/*.safetensors"):
             file.unlink()
 
-    def _do(self, stage: Stage, part: int) -> Done:
+    def work(self, stage: Stage, part: int) -> Work:
+        """What a part is given."""
         place = f"file://{self.folder}/"
         claim = Claim("job", stage, part, stage.value, "token", 1, self.recipe, f"{place}result/")
-        watch = Watch(lambda: True)
-        work = Work(
+        return Work(
             claim=claim,
             objects=Objects({"file": LocalStore(roots=(self.folder,))}, buckets=None, workspace=f"{place}workspace/"),
-            watch=watch,
+            watch=Watch(lambda: True),
             workspace=f"{place}workspace/",
             device="cpu",
             outputs=lambda wanted: [dict(done.output) for done in self.done.get(wanted, [])],
             so_far=lambda: SoFar(0, 0, 0, 0, 0),
             calibration_bytes=self.calibration_bytes,
+            study=self.study if self.recipe.search else None,
         )
+
+    def _do(self, stage: Stage, part: int) -> Done:
+        work = self.work(stage, part)
         self.done.setdefault(stage, []).append(RUN[stage](work))
-        self.bytes_read[stage] = self.bytes_read.get(stage, 0) + watch.counters.bytes_read
+        self.bytes_read[stage] = self.bytes_read.get(stage, 0) + work.watch.counters.bytes_read
         return self.done[stage][-1]
 
 

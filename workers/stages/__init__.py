@@ -9,11 +9,13 @@ from workers.stages.evaluate import run as evaluate
 from workers.stages.finalize import run as finalize
 from workers.stages.merge import run as merge
 from workers.stages.plan import run as plan
+from workers.stages.search import run as search
 from workers.work import Work
 
 RUN: dict[Stage, Callable[[Work], Done]] = {
     Stage.PLAN: plan,
     Stage.CALIBRATE: calibrate,
+    Stage.SEARCH: search,
     Stage.MERGE: merge,
     Stage.EVALUATE: evaluate,
     Stage.FINALIZE: finalize,

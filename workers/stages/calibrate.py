@@ -52,8 +52,8 @@ def run(work: Work) -> Done:
     with TensorReader(work.objects) as reader:
         if plan.wanted() and work.recipe.has_features:
             output, warnings = _statistics(work, plan, task, reader)
-        if work.recipe.method.surveys:
-            output["survey"] = _survey(work, plan, task, reader)
+        if work.recipe.method.surveys and work.recipe.search is None:  # else trials look for themselves
+            output["survey"] = survey_task(work, plan, task, reader)
     return Done(output=output, warnings=warnings)
 
 
@@ -80,10 +80,10 @@ def _warn(work: Work, task: Task, unseen: frozenset[str]) -> tuple[str, ...]:
     return (f"{task.name}: no statistics for {len(unseen)} parameters, which are {without}: {shown}",)
 
 
-def _survey(work: Work, plan: Plan, task: Task, reader: TensorReader) -> str:
+def survey_task(work: Work, plan: Plan, task: Task, reader: TensorReader) -> str:
     """Where the largest entries of the whole task vector end; the address of what was found."""
     cuts = survey(lambda: _task_vector(work, plan, task, reader), work.recipe.method.surveys)
-    address = artifacts.survey(work.workspace, work.claim.job_id, work.part)
+    address = artifacts.survey(work.workspace, work.claim.job_id, work.recipe.tasks.index(task))
     write_artifact(work.objects, "", address, as_json(cuts).encode())
     return address
 

@@ -14,14 +14,17 @@ from service.contract import artifacts
 from service.contract.job import Artifact, Status
 from service.contract.parts import Done
 from service.contract.plan import HeadPlan, Pinned, Plan
+from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from service.stores.objects import failures
+from workers.chosen import as_chosen
 from workers.cleanup import remove_scratch
 from workers.figures_file import read_scores
 from workers.gates import judge
 from workers.licenses import read_license
 from workers.report import Facts, build_report, render_card, render_html
 from workers.scores import doubts, measured, task_scores
+from workers.search_summary import summary
 from workers.tensors import NAMES, TensorReader, TensorWriter, chunks, write_artifact
 from workers.trim_log import summarize
 from workers.version import ENGINE, library_versions
@@ -38,10 +41,12 @@ def run(work: Work) -> Done:
     Raises:
         InputChanged, StorageFailure; Stopped where the job was cancelled before the manifest.
     """
+    asked, trials = work.recipe, work.study.trials() if work.study else []
+    work = as_chosen(work)
     plan = work.plan()
     merged = work.outputs(Stage.MERGE)[: len(plan.shards)]  # those after are baselines', which are no result
     files = [Artifact.model_validate(file) for output in merged for file in output["files"]]
-    files += _described(work)
+    files += _described(work, plan)
     files += _side_files(work, plan)
     files += [_head(work, plan, head) for head in plan.heads]
     files += _index(work, plan)
@@ -49,6 +54,7 @@ def run(work: Work) -> Done:
     files.append(write_artifact(work.objects, plan.prefix, artifacts.TRIM_LOG, log))
     inputs = _digests(work, plan)
     metrics, doubtful = _metrics(work, plan)
+    found = summary(asked, trials, metrics, skipped=_skipped(work)) if asked.search else None
     verdicts = judge(work.recipe.gates, metrics, sum(file.size for file in files if file.role in ("weights", "head")))
     facts = Facts(
         recipe=work.recipe,
@@ -63,13 +69,15 @@ def run(work: Work) -> Done:
         inputs=[{name: file[name] for name in ("role", "address", "size", "sha256")} for file in inputs],
         made_by={"device": work.device, "engine": ENGINE, "versions": library_versions()},
         warnings=doubtful,
+        search=found,
+        asked=asked,
     )
     report = build_report(facts)
     files.append(_write(work, artifacts.REPORT_JSON, json.dumps(report, indent=2)))
     files.append(_write(work, artifacts.REPORT_HTML, render_html(report)))
     files.append(_write(work, artifacts.MODEL_CARD, render_card(report)))
     status = Status.SUCCEEDED if all(verdict["passed"] for verdict in verdicts) else Status.REJECTED
-    manifest = _manifest(work, inputs, files)
+    manifest = _manifest(work, asked, inputs, files)
     work.watch.announce_commit()
     whole = [*files, write_artifact(work.objects, plan.prefix, artifacts.MANIFEST, manifest)]
     with failures():
@@ -123,8 +131,15 @@ def _write(work: Work, name: str, text: str) -> Artifact:
     return artifact
 
 
-def _described(work: Work) -> list[Artifact]:
-    """The recipe and the plan, which the first stage wrote: digested as they lie."""
+def _skipped(work: Work) -> int:
+    """How many trials a search had no time for."""
+    return sum("skipped" in output for output in work.outputs(Stage.SEARCH))
+
+
+def _described(work: Work, plan: Plan) -> list[Artifact]:
+    """The recipe and the plan, which the first stage wrote, digested as they lie; after a search another plan."""
+    if work.planned is not None:
+        _write(work, artifacts.PLAN, plan.model_dump_json())
     return [_digested(work, work.claim.prefix, name) for name in (artifacts.RECIPE, artifacts.PLAN)]
 
 
@@ -234,10 +249,11 @@ def _digests(work: Work, plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def _manifest(work: Work, inputs: list[dict[str, Any]], files: Sequence[Artifact]) -> bytes:
+def _manifest(work: Work, asked: Recipe, inputs: list[dict[str, Any]], files: Sequence[Artifact]) -> bytes:
     manifest = {
         "job": work.claim.job_id,
-        "recipe_sha256": work.recipe.sha256,
+        "recipe_sha256": asked.sha256,
+        "method": work.recipe.method.model_dump(mode="json"),
         "seed": work.recipe.seed,
         "device": work.device,
         "engine": ENGINE,
@@ -253,5 +269,6 @@ def _result(report: dict[str, Any], plan: Plan, files: Sequence[Artifact]) -> di
     return {
         "prefix": plan.prefix,
         **{key: report[key] for key in keys},
+        **({"search": report["search"]} if report["search"] else {}),
         "artifacts": [file.model_dump() for file in files],
     }

@@ -18,6 +18,7 @@ from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from service.stores.objects import failures
 from workers.baselines import as_asked
+from workers.chosen import as_chosen
 from workers.low_rank import LowRankVector
 from workers.machine import allow_tf32
 from workers.magnitudes import Cut
@@ -52,7 +53,12 @@ def run(work: Work) -> Done:
         InputChanged, StorageFailure.
     """
     allow_tf32(work.recipe.allow_tf32)
-    work, plan = as_asked(work, work.plan())
+    work = as_chosen(work)
+    return merge_shard(*as_asked(work, work.plan()))
+
+
+def merge_shard(work: Work, plan: Plan) -> Done:
+    """As ``run``, of the shard that ``work.part`` counts in ``plan``."""
     shard = plan.shards[work.part]
     rows: list[dict[str, Any]] = []
     removed: dict[str, Tensor] = {}

@@ -134,10 +134,15 @@ def _write(work: Work, name: str, text: str) -> None:
 
 
 def _parts(recipe: Recipe, plan: Plan) -> Iterator[NewPart]:
-    if (recipe.has_features and plan.wanted()) or recipe.method.surveys:
+    surveys = recipe.method.surveys and recipe.search is None  # else trials look for themselves
+    if (recipe.has_features and plan.wanted()) or surveys:
         for index, task in enumerate(recipe.tasks):
             yield NewPart(Stage.CALIBRATE, index, task.name, CALIBRATE_WEIGHT)
     merge_weight = 2.0 * len(recipe.tasks) / max(plan.bytes_in, 1)
+    if recipe.search is not None:
+        trial_weight = merge_weight * plan.bytes_in + EVALUATE_WEIGHT * len(recipe.tasks)
+        for index in range(recipe.search.count(recipe.method)):
+            yield NewPart(Stage.SEARCH, index, f"trial/{index + 1}", trial_weight)
     for index, shard in enumerate(plan.shards):
         yield NewPart(Stage.MERGE, index, shard.file, merge_weight * shard.bytes_in, len(shard.tensors))
     if recipe.evaluation is not None:

@@ -126,6 +126,14 @@ def test_a_recipe_is_checked_and_every_fault_is_named(empty_front: Front) -> Non
     assert empty_front.count() == 0
 
 
+def test_a_search_without_validation_samples_is_refused(empty_front: Front) -> None:
+    body = recipe(search={"space": {"scaling": [0.3, 0.5]}})
+    problem = refused(empty_front.http.post("/v1/merges", json=body), 422, "validation_error")
+    assert [fault["pointer"] for fault in problem["errors"]] == ["/search"]
+    assert "validation samples of every task" in problem["detail"]
+    assert empty_front.count() == 0
+
+
 def test_a_checkpoint_that_is_missing_is_named(empty_front: Front) -> None:
     body = recipe(tasks=[{"name": "cars", "checkpoint": "s3://models/lost.safetensors"}])
     problem = refused(empty_front.http.post("/v1/merges", json=body), 422, "checkpoint_not_found")

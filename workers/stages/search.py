@@ -1,0 +1,121 @@
+"""Does one trial of a search: merges by the parameters that are proposed, and measures on validation samples alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from service.contract.errors import BadInput, BadTensor
+from service.contract.evaluation import Evaluation, TaskEvaluation
+from service.contract.parts import Done
+from service.contract.plan import Plan
+from service.contract.recipe import Recipe
+from service.contract.search import Search
+from service.contract.trials import TrialRecord
+from workers.chosen import as_tried
+from workers.machine import allow_tf32
+from workers.proposing import propose
+from workers.scores import TaskScores
+from workers.scoring import cached_scores, score
+from workers.stages.calibrate import survey_task
+from workers.stages.merge import merge_shard
+from workers.structures import forget, is_worth_keeping, structure_of
+from workers.tensors import TensorReader
+from workers.trial import Trial
+from workers.work import Work
+
+# What may be wrong with one trial's parameters alone.
+OWN_FAULTS = (
+    BadInput,
+    BadTensor,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]  # torch documents it there
+    torch.OutOfMemoryError,
+)
+
+
+def run(work: Work) -> Done:
+    """Ask for a trial, do it, and tell what came of it; nothing where the time is over.
+
+    Raises:
+        InputChanged, StorageFailure, UnsupportedArchitecture.
+    """
+    allow_tf32(work.recipe.allow_tf32)
+    search, study = work.recipe.search, work.study
+    if search is None or study is None:
+        raise BadInput("the recipe asks for no search")
+    work = replace(work, planned=work.plan())
+    trial = study.ask(lambda known: propose(work.recipe, search, known), search.seconds)
+    if trial is None:
+        return Done(output={"skipped": True})
+    if trial.state == "running":
+        trial = _tried(work, search, trial)
+        study.tell(trial)
+    return Done(output={"trial": trial.number, "state": trial.state, "value": trial.value})
+
+
+def _tried(work: Work, search: Search, trial: TrialRecord) -> TrialRecord:
+    """The trial with what came of it. What is wrong with its own parameters fails the trial, not the search."""
+    is_kept = is_worth_keeping(search, work.recipe)
+    try:
+        output = _measured(work, trial, is_kept=is_kept)
+    except OWN_FAULTS as error:
+        return replace(trial, state="failed", detail=str(error))
+    finally:
+        if not is_kept:
+            forget(work, trial.number)
+    value = search.weights.of(list(output["retention"].values()))
+    if not math.isfinite(value):
+        lacking = [task for task, share in output["retention"].items() if not math.isfinite(share)]
+        detail = f"the retention of {', '.join(lacking)} on validation samples is no number"
+        return replace(trial, state="failed", detail=detail)
+    return replace(trial, state="complete", value=value, output=output)
+
+
+def _measured(work: Work, trial: TrialRecord, *, is_kept: bool) -> dict[str, Any]:
+    """Each task's retention on its validation samples, and the surveys that the merge needs if it is chosen."""
+    recipe = work.recipe.tried(trial.parameters)
+    structure = structure_of(work, recipe, trial.number, merge_shard, _survey_tasks, is_kept=is_kept)
+    with TensorReader(work.objects) as reader:
+        tried = as_tried(work, recipe, structure.surveys)
+        merged = structure.at_scaling(work, reader, recipe, tried.plan())
+        return {"retention": _retentions(tried, reader, merged), "surveys": list(structure.surveys)}
+
+
+def _survey_tasks(work: Work) -> list[str]:
+    with TensorReader(work.objects) as reader:
+        return [survey_task(work, work.plan(), task, reader) for task in work.recipe.tasks]
+
+
+def _retentions(work: Work, reader: TensorReader, merged: dict[str, Tensor]) -> dict[str, float]:
+    evaluation = validation_of(work.recipe)
+    on_validation = replace(work, planned=_reading_validation(work.plan(), evaluation.tasks))
+    found = {}
+    for row in evaluation.tasks:
+        trial = Trial.open(on_validation, reader, evaluation, row)
+        expert = cached_scores(trial, "expert")
+        scores = score(trial, trial.load_merged(merged))
+        figures = {"expert": expert.figures, "merged": scores.figures}
+        found[row.task] = float(TaskScores(row, scores.samples, figures).retention("merged")[0])
+    return found
+
+
+def validation_of(recipe: Recipe) -> Evaluation:
+    """The evaluation with validation samples in place of the labeled ones, of nothing but the primary metrics."""
+    evaluation = recipe.evaluation
+    if evaluation is None:
+        raise BadInput("a search needs an evaluation")
+    rows = tuple(
+        row.model_copy(update={"labeled": row.validation, "validation": None, "metrics": (row.primary,)})
+        for row in evaluation.tasks
+    )
+    return evaluation.model_copy(update={"tasks": rows, "baselines": (), "resamples": 0})
+
+
+def _reading_validation(plan: Plan, rows: Sequence[TaskEvaluation]) -> Plan:
+    swapped = {f"labeled:{row.task}": plan.inputs[f"validation:{row.task}"] for row in rows}
+    return plan.model_copy(update={"inputs": {**plan.inputs, **swapped}})
