@@ -9,7 +9,9 @@ from torch import Tensor
 
 from workers.context import Context
 from workers.pieces import Pieces
+from workers.threads import one_thread, shared_out
 
+SHARE = 1 << 20  # entries that one thread sums
 CPU_BLOCK = 1 << 14  # entries that are summed at once: in float64 they stay in the cache for a few tasks
 GPU_BLOCK = 1 << 20
 
@@ -30,6 +32,20 @@ def inner_products(pieces: Pieces, *, of_checkpoints: bool = False, and_base: bo
     for part in others:
         first += part
     return first
+
+
+def gram(task_vectors: Sequence[Tensor]) -> Tensor:
+    """The inner products ``[K, K]`` of K task vectors of one shape, in float64 and in host memory."""
+    flat = [vector.reshape(-1) for vector in task_vectors]
+
+    def products(first: int) -> Tensor:
+        return _products([vector[first : first + SHARE] for vector in flat], None)
+
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    with one_thread() as threads:
+        for part in shared_out(products, range(0, len(flat[0]), SHARE), threads):
+            total += part
+    return total
 
 
 def _products(vectors: Sequence[Tensor], base: Tensor | None) -> Tensor:

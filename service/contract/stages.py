@@ -11,6 +11,7 @@ class Stage(StrEnum):
 
     PLAN = "plan"
     CALIBRATE = "calibrate"
+    ANALYZE = "analyze"
     MERGE = "merge"
     EVALUATE = "evaluate"
     FINALIZE = "finalize"
@@ -35,6 +36,7 @@ class StageRow:
 STAGES: dict[Stage, StageRow] = {
     Stage.PLAN: StageRow("catmerge.plan", Queue.LIGHT, "one"),
     Stage.CALIBRATE: StageRow("catmerge.calibrate", Queue.HEAVY, "one per task"),
+    Stage.ANALYZE: StageRow("catmerge.analyze", Queue.HEAVY, "one per shard that a merge would write; no weights"),
     Stage.MERGE: StageRow("catmerge.merge", Queue.HEAVY, "one per output shard, of the result and of every baseline"),
     Stage.EVALUATE: StageRow("catmerge.evaluate", Queue.HEAVY, "one per model and evaluated task, and one for speed"),
     Stage.FINALIZE: StageRow("catmerge.finalize", Queue.LIGHT, "one"),

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from service.contract.parts import Done
 from service.contract.stages import Stage
+from workers.stages.analyze import run as analyze
 from workers.stages.calibrate import run as calibrate
 from workers.stages.evaluate import run as evaluate
 from workers.stages.finalize import run as finalize
@@ -14,6 +15,7 @@ from workers.work import Work
 RUN: dict[Stage, Callable[[Work], Done]] = {
     Stage.PLAN: plan,
     Stage.CALIBRATE: calibrate,
+    Stage.ANALYZE: analyze,
     Stage.MERGE: merge,
     Stage.EVALUATE: evaluate,
     Stage.FINALIZE: finalize,

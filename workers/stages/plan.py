@@ -138,8 +138,9 @@ def _parts(recipe: Recipe, plan: Plan) -> Iterator[NewPart]:
         for index, task in enumerate(recipe.tasks):
             yield NewPart(Stage.CALIBRATE, index, task.name, CALIBRATE_WEIGHT)
     merge_weight = 2.0 * len(recipe.tasks) / max(plan.bytes_in, 1)
+    stage = Stage.ANALYZE if recipe.mode == "analysis" else Stage.MERGE
     for index, shard in enumerate(plan.shards):
-        yield NewPart(Stage.MERGE, index, shard.file, merge_weight * shard.bytes_in, len(shard.tensors))
+        yield NewPart(stage, index, shard.file, merge_weight * shard.bytes_in, len(shard.tensors))
     if recipe.evaluation is not None:
         yield from _baseline_parts(recipe.evaluation, plan, merge_weight)
         yield from _evaluation_parts(recipe.evaluation)
