@@ -60,7 +60,8 @@ class Conflict:
         )
 
     def __add__(self, other: Self) -> Self:
-        sums = {field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)}
+        names = [field.name for field in fields(self)]
+        sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in names}
         return replace(self, **sums)
 
     def as_dict(self) -> dict[str, Any]:

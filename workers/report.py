@@ -24,8 +24,8 @@ class Facts:
 
     ``layers`` is what ``workers.trim_log.summarize`` makes of the trim log; ``inputs`` has every input's role, address,
     size and SHA-256; ``made_by`` says on what: device, engine, versions. ``conflict`` and ``search`` are there where
-    tasks were held against each other, and where parameters were searched for, ``analysis`` where nothing was merged; ``warnings`` is what stages after
-    planning have to say.
+    tasks were held against each other, and where parameters were searched for, ``analysis`` where nothing was merged;
+    ``warnings`` is what stages after planning have to say.
     """
 
     recipe: Recipe
