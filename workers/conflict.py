@@ -72,7 +72,10 @@ class Conflict:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """From what ``as_dict`` gave."""
-        return cls(**{name: np.asarray(value) if isinstance(value, list) else value for name, value in values.items()})
+        sums: dict[str, Any] = {
+            name: np.asarray(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**sums)
 
     def disturbance(self, when: Matrix) -> list[list[float | None]]:
         """``[i][k]``: task i's response to task k's inputs, relative to task k's own before trimming; None without."""

@@ -42,7 +42,9 @@ def test_tasks_are_analyzed_and_then_merged(tmp_path: Path) -> None:
         for each in (job, merged):
             client.download(each["id"], tmp_path / each["id"], match=["merge/report.json"])
             reports.append(json.loads((tmp_path / each["id"] / "merge" / "report.json").read_text()))
-        assert reports[0]["conflict"]["cosine"] == pytest.approx(reports[1]["conflict"]["cosine"], rel=1e-4)
+        for name in ("cosine", "disturbance"):
+            analyzed, measured = (report["conflict"][name] for report in reports)
+            assert analyzed == [pytest.approx(row, rel=1e-4) for row in measured]
 
         client.delete(job["id"], artifacts=True)
         assert not list(opened.data.rglob("analysis.json"))
