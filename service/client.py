@@ -146,8 +146,15 @@ class CatmergeClient:
         A key is made up where none is given, so that a repeated request never makes a second job; give your own to
         make that hold across processes.
         """
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        return self._json("POST", "/v1/merges", json=_body(recipe), headers=headers)
+        return self._submit("/v1/merges", recipe, idempotency_key)
+
+    def analyze(self, recipe: Recipe | Mapping[str, Any], *, idempotency_key: str | None = None) -> JsonObject:
+        """Submit a merge to be analyzed only, without weights to write; returns the job. Keys are as for ``submit``."""
+        return self._submit("/v1/merges:analyze", recipe, idempotency_key)
+
+    def _submit(self, path: str, recipe: Recipe | Mapping[str, Any], key: str | None) -> JsonObject:
+        headers = {"Idempotency-Key": key or str(uuid.uuid4())}
+        return self._json("POST", path, json=_body(recipe), headers=headers)
 
     def plan(self, recipe: Recipe | Mapping[str, Any]) -> JsonObject:
         """What a merge would do and need; nothing is stored."""

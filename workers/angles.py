@@ -9,8 +9,10 @@ from torch import Tensor
 
 from workers.context import Context
 from workers.pieces import Pieces
+from workers.threads import one_thread, shared_out
 
 RUN = 1 << 11  # entries of which a product is summed in the vectors' own type: few, so that rounding stays below it
+SHARE = 1 << 20  # entries that one thread sums
 CPU_BLOCK = 1 << 14  # entries that are summed at once: in float64 they stay in the cache for a few tasks
 GPU_BLOCK = 1 << 20
 
@@ -23,18 +25,26 @@ def vector_products(pieces: Pieces, *, with_base: bool = False) -> Tensor:
     """
 
     def products(task_vectors: Sequence[Tensor], context: Context) -> Tensor:
-        vectors = [context.base, *task_vectors] if with_base else task_vectors
-        rows = torch.stack([vector.reshape(-1) for vector in vectors])
-        whole = rows.shape[1] // RUN * RUN
-        runs = rows[:, :whole].reshape(len(vectors), -1, RUN).transpose(0, 1)
-        total = torch.bmm(runs, runs.mT).sum(0, dtype=torch.float64)
-        rest = rows[:, whole:]
-        return (total + (rest @ rest.T).double()).cpu()
+        return _in_runs([context.base, *task_vectors] if with_base else task_vectors)
 
     first, *others = pieces.map(products)
     for part in others:
         first += part
     return first
+
+
+def gram(task_vectors: Sequence[Tensor]) -> Tensor:
+    """The inner products ``[K, K]`` of K task vectors of one shape, as ``vector_products`` takes them."""
+    flat = [vector.reshape(-1) for vector in task_vectors]
+
+    def products(first: int) -> Tensor:
+        return _in_runs([vector[first : first + SHARE] for vector in flat])
+
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    with one_thread() as threads:
+        for part in shared_out(products, range(0, len(flat[0]), SHARE), threads):
+            total += part
+    return total
 
 
 def inner_products(pieces: Pieces) -> Tensor:
@@ -47,6 +57,15 @@ def inner_products(pieces: Pieces) -> Tensor:
     for part in others:
         first += part
     return first
+
+
+def _in_runs(vectors: Sequence[Tensor]) -> Tensor:
+    rows = torch.stack([vector.reshape(-1) for vector in vectors])
+    whole = rows.shape[1] // RUN * RUN
+    runs = rows[:, :whole].reshape(len(vectors), -1, RUN).transpose(0, 1)
+    total = torch.bmm(runs, runs.mT).sum(0, dtype=torch.float64)
+    rest = rows[:, whole:]
+    return (total + (rest @ rest.T).double()).cpu()
 
 
 def _products(vectors: Sequence[Tensor], base: Tensor) -> Tensor:

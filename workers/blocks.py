@@ -132,14 +132,16 @@ def _response(vector: Tensor, statistic: Statistic, moments: str) -> Tensor:
 
 def _effect(before: Tensor, after: Tensor, statistics: Sequence[Statistic], i: int) -> Effect:
     gone = before - after
-    others = [statistic for k, statistic in enumerate(statistics) if k != i]
-    own = statistics[i]
     whole = energy(before)
+    responses = tuple(energy(_response(before, statistic, "mean")) for statistic in statistics)
+    left = tuple(energy(_response(after, statistic, "mean")) for statistic in statistics)
     return Effect(
         energy=whole,
         energy_removed=share(energy(gone), whole),
-        conflict_before=sum(energy(_response(before, statistic, "mean")) for statistic in others),
-        conflict_after=sum(energy(_response(after, statistic, "mean")) for statistic in others),
-        own_response_lost=share(energy(_response(gone, own, "mean")), energy(_response(before, own, "mean"))),
+        conflict_before=sum(response for k, response in enumerate(responses) if k != i),
+        conflict_after=sum(response for k, response in enumerate(left) if k != i),
+        own_response_lost=share(energy(_response(gone, statistics[i], "mean")), responses[i]),
         large_share=large_share(before, gone),
+        responses=responses,
+        responses_left=left,
     )

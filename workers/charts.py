@@ -82,9 +82,11 @@ def conflict_charts(conflict: Mapping[str, Any]) -> Iterator[Chart]:
     """Task against task: ``disturbance[i][k]`` is what task i's vector does to task k's inputs, ``cosine`` likeness."""
     tasks = conflict["tasks"]
     if conflict.get("disturbance"):
-        top = max((abs(v) for i, row in enumerate(conflict["disturbance"]) for v in _off_diagonal(row, i)), default=1.0)
+        top = max((v for i, row in enumerate(conflict["disturbance"]) for v in _off_diagonal(row, i)), default=1.0)
         scale = {"type": "quantize", "domain": [0, top or 1.0], "range": _ramp("ramp", len(RAMP))}
         yield _matrix("disturbance", tasks, conflict["disturbance"], scale)
+        if conflict.get("disturbance_after"):
+            yield _matrix("disturbance_after", tasks, conflict["disturbance_after"], scale)
     if conflict.get("cosine"):
         scale = {"type": "quantize", "domain": [-1, 1], "range": _ramp("diverging", len(DIVERGING))}
         yield _matrix("cosine", tasks, conflict["cosine"], scale)
@@ -360,15 +362,17 @@ def _spectrum(layers: Mapping[str, Any]) -> Chart:
 # Tasks against tasks
 
 
-def _matrix(what: str, tasks: Sequence[str], cells: Sequence[Sequence[float]], scale: Spec) -> Chart:
+def _matrix(what: str, tasks: Sequence[str], cells: Sequence[Sequence[float | None]], scale: Spec) -> Chart:
     colors = DIVERGING if what == "cosine" else RAMP
     rows = [
-        {"from": one, "to": other, "value": cells[i][k], "step": _step(cells[i][k], scale["domain"], len(colors))}
-        for i, one in enumerate(tasks)
-        for k, other in enumerate(tasks)
+        {"from": one, "to": other, "value": value, "step": _step(value, scale["domain"], len(colors))}
+        for one, row in zip(tasks, cells, strict=True)
+        for other, value in zip(tasks, row, strict=True)
+        if value is not None
     ]
-    legend = {**_ramp_legend(what), "format": ".2f"}
-    tips = _tips([("from", "disturbing"), ("to", "disturbed"), ("value", what)])
+    unit = what.removesuffix("_after")
+    legend = {**_ramp_legend(unit), "format": ".2f"}
+    tips = _tips([("from", "disturbing"), ("to", "disturbed"), ("value", unit)])
     color = {"field": "value", "type": "quantitative", "scale": scale, "legend": legend}
     layers: list[Spec] = [
         {
@@ -404,8 +408,8 @@ def _step(value: float, domain: Sequence[float], steps: int) -> int:
     return max(0, min(steps - 1, math.floor(steps * (value - low) / (high - low))))
 
 
-def _off_diagonal(row: Sequence[float], position: int) -> list[float]:
-    return [value for k, value in enumerate(row) if k != position]
+def _off_diagonal(row: Sequence[float | None], position: int) -> list[float]:
+    return [value for k, value in enumerate(row) if k != position and value is not None]
 
 
 # The search

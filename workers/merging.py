@@ -14,22 +14,38 @@ from torch import Tensor
 from service.contract.errors import BadTensor
 from service.contract.plan import TensorPlan
 from service.contract.recipe import Recipe, Task
+from workers.angles import gram
+from workers.conflict import Conflict, Matrix
 from workers.low_rank import LowRankVector, summed
 from workers.magnitudes import Cut
 from workers.methods import Context, heard_of, merge, merge_pieces, pieces_of
 from workers.pieces import ENTRIES
 from workers.statistics import Statistic
 from workers.tensors import DTYPES
-from workers.trimming import log_rows, removed_by_name, trim_parameter
+from workers.treatments import Effect
+from workers.treatments.concentration import Concentration
+from workers.trimming import concentrate, log_rows, removed_by_name, trim_parameter
 
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """A merged tensor, the rows it adds to the trim log, and what was removed, by the name it is stored under."""
+    """A merged tensor, the rows it adds to the trim log, and what was removed, by the name it is stored under.
+
+    ``conflict`` is there where task vectors were trimmed.
+    """
 
     tensor: Tensor
     rows: list[dict[str, Any]]
     removed: dict[str, Tensor]
+    conflict: Conflict | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Analyzed:
+    """What trimming would do to a tensor's task vectors, as rows of the trim log, and what those do to each other."""
+
+    rows: list[dict[str, Any]]
+    conflict: Conflict
 
 
 def merge_tensor(
@@ -133,17 +149,51 @@ def _merge_whole(plan: TensorPlan, recipe: Recipe, context: Context, vectors: li
     method = plan.method or recipe.method
     start = context.base.to(device, torch.promote_types(context.base.dtype, torch.float32))
     _refuse_non_finite(plan, recipe, recipe.tasks, start, vectors)
+    inner = gram(vectors).numpy() if recipe.method.trims else None
     trimmed, treatment, reason = trim_parameter(plan, recipe, vectors, context.statistics)
     rows = log_rows(plan, recipe, vectors, trimmed, treatment, reason) if recipe.method.trims else []
     removed = removed_by_name(plan, recipe, trimmed.removed)
+    conflict = None if inner is None else _conflict(inner, trimmed.effects)
     context = replace(context, base=start)
     if method.combining.pieces != "none":
         tensor = merge_by_pieces(plan, recipe, context, trimmed.task_vectors, device, are_experts=False)
-        return Merged(tensor, rows, removed)
+        return Merged(tensor, rows, removed, conflict)
     update = merge(trimmed.task_vectors, [task.weight for task in recipe.tasks], method, context)
     tensor = (start + update).to(DTYPES[plan.dtype])
     _refuse_overflow(plan, tensor)
-    return Merged(tensor.cpu(), rows, removed)
+    return Merged(tensor.cpu(), rows, removed, conflict)
+
+
+def analyze_tensor(
+    plan: TensorPlan,
+    recipe: Recipe,
+    base: Tensor,
+    experts: Sequence[Tensor | LowRankVector],
+    statistics: Sequence[Statistic | None],
+    device: str,
+) -> Analyzed:
+    """What ``merge_tensor`` would find out while it trims, and how much the largest entries have to do with it.
+
+    Raises:
+        BadTensor: a checkpoint holds NaN or infinity here.
+    """
+    vectors = _differences(base, experts, device)
+    _refuse_non_finite(plan, recipe, recipe.tasks, base.to(device), vectors)
+    inner = gram(vectors).numpy()
+    largest = concentrate(plan, recipe, vectors, statistics)
+    trimmed, treatment, reason = trim_parameter(plan, recipe, vectors, statistics)
+    rows = log_rows(plan, recipe, vectors, trimmed, treatment, reason)
+    return Analyzed(rows, _conflict(inner, trimmed.effects, largest))
+
+
+def _conflict(inner: Matrix, effects: Sequence[Effect], largest: Sequence[Concentration] = ()) -> Conflict:
+    return Conflict.of(
+        inner,
+        before=[effect.responses for effect in effects if effect.responses],
+        after=[effect.responses_left for effect in effects if effect.responses],
+        large=[found.responses for found in largest],
+        large_energy=[found.energy for found in largest],
+    )
 
 
 def merge_by_pieces(

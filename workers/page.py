@@ -21,7 +21,7 @@ from workers.languages import LANGUAGES, MARK, both, known, plain, said, texts
 from workers.palette import all_colors
 
 # What a report may lack: an older one, or one of a merge that nothing was measured on.
-MAY_LACK = ("layers", "conflict", "search", "recipe", "inputs", "made_by", "plan")
+MAY_LACK = ("layers", "conflict", "analysis", "search", "recipe", "inputs", "made_by", "plan")
 METRICS_MAY_LACK = (
     "mean_retention_interval",
     "worst_retention_interval",
@@ -63,6 +63,7 @@ def render_page(report: Mapping[str, Any]) -> str:
             report=report,
             metrics=metrics,
             gates=gates,
+            analysis=report["analysis"],
             missed=[gate for gate in gates if not gate["passed"]],
             charts=drawn,
             rows=_score_rows(metrics) if metrics else [],
@@ -228,6 +229,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "percent": _glued(figures.percent),
         "figure": figures.figure,
+        "ratio": _ratio,
         "score": _glued(figures.score),
         "bytes": _glued(figures.size),
         "seconds": _glued(figures.seconds),
@@ -250,6 +252,11 @@ def _environment() -> Environment:
 def _glued(write: Callable[..., str]) -> Callable[..., str]:
     """A number that no line break parts from its unit."""
     return lambda *values: write(*values).replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _ratio(value: float | None) -> str:
+    """Two decimals, as charts of ratios have them."""
+    return figures.NONE if value is None else f"{value:.2f}"
 
 
 def _gate_figure(value: float | None, gate: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> str:

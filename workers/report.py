@@ -24,8 +24,9 @@ class Facts:
 
     ``layers`` is what ``workers.trim_log.summarize`` makes of the trim log; ``inputs`` has every input's role, address,
     size and SHA-256; ``made_by`` says on what: device, engine, versions. ``conflict`` and ``search`` are there where
-    tasks were held against each other, and where parameters were searched for; ``warnings`` is what stages after
-    planning have to say. ``recipe`` is what was merged by, ``asked`` what was asked for, where that left a choice.
+    tasks were held against each other, and where parameters were searched for, ``analysis`` where nothing was merged;
+    ``warnings`` is what stages after planning have to say. ``recipe`` is what was merged by, ``asked`` what was asked
+    for, where that left a choice.
     """
 
     recipe: Recipe
@@ -40,6 +41,7 @@ class Facts:
     inputs: Sequence[Mapping[str, Any]] = ()
     made_by: Mapping[str, Any] | None = None
     conflict: Mapping[str, Any] | None = None
+    analysis: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
     warnings: Sequence[str] = ()
     asked: Recipe | None = None
@@ -49,7 +51,8 @@ def build_report(facts: Facts) -> dict[str, Any]:
     """The report as data."""
     recipe = facts.recipe
     return {
-        "title": f"{len(recipe.tasks)} models merged into one by {recipe.method.name}",
+        "title": f"{len(recipe.tasks)} models {_done(recipe)} by {recipe.method.name}",
+        "mode": recipe.mode,
         "language": recipe.output.language,
         "method": recipe.method.model_dump(mode="json"),
         "paper": type(recipe.method).paper,
@@ -60,6 +63,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "trimmed": facts.trimmed,
         "layers": facts.layers,
         "conflict": facts.conflict,
+        "analysis": facts.analysis,
         "search": facts.search,
         "cost": _cost(facts.so_far),
         "savings": _savings(facts),
@@ -72,6 +76,10 @@ def build_report(facts: Facts) -> dict[str, Any]:
     }
 
 
+def _done(recipe: Recipe) -> str:
+    return "analyzed before merging" if recipe.mode == "analysis" else "merged into one"
+
+
 def _cost(so_far: SoFar) -> dict[str, Any]:
     return {
         "seconds": round(so_far.now - so_far.started_at, 3),
@@ -82,10 +90,12 @@ def _cost(so_far: SoFar) -> dict[str, Any]:
 
 
 def _savings(facts: Facts) -> dict[str, Any]:
-    """What one model saves against one per task, in models deployed and in bytes stored."""
+    """What one model saves against one per task, in models deployed and in bytes stored; or would, once merged."""
     tasks = [name for name in facts.plan.inputs if name.startswith("task:")]
     before = sum(file.size for name in tasks for file in facts.plan.inputs[name])
     after = sum(file.size for file in facts.files if file.role in ("weights", "head"))
+    if facts.recipe.mode == "analysis":
+        after = facts.plan.bytes_out
     return {
         "models_before": len(tasks),
         "models_after": 1,

@@ -18,6 +18,7 @@ from workers.layout import as_blocks, as_matrix, from_blocks, from_matrix
 from workers.proxies import proxy_squares, proxy_statistic
 from workers.statistics import Statistic, stack_statistics
 from workers.treatments import Effect, Removed, Trimmed, projection, trim
+from workers.treatments.concentration import Concentration, concentrations
 from workers.treatments.outcome import energy
 
 
@@ -49,6 +50,30 @@ def trim_parameter(
         for vector in trimmed.task_vectors
     ]
     return Trimmed(back, trimmed.removed, trimmed.effects), plan.treatment.name, None
+
+
+def concentrate(
+    plan: TensorPlan, recipe: Recipe, vectors: Sequence[Tensor], statistics: Sequence[Statistic | None]
+) -> list[Concentration]:
+    """How much the largest entries of each task vector answer; nothing where inputs are unknown or there are none.
+
+    Raises:
+        BadInput: a statistic does not fit.
+    """
+    treatment = plan.treatment
+    if not isinstance(treatment, Projection | ScaleMask):
+        return []
+    if isinstance(treatment, ScaleMask):
+        shaped = [vector.flatten() for vector in vectors]
+    elif plan.blocks > 1:
+        shaped = [as_blocks(vector, plan.role, plan.blocks, plan.transposed) for vector in vectors]
+    else:
+        shaped = [as_matrix(vector, plan.role, plan.transposed) for vector in vectors]
+    known = (_known_blocks if shaped[0].dim() > 2 else _known)(plan, recipe, shaped, statistics)
+    if any(map(_is_empty, known)):
+        return []
+    _refuse_misfits(plan, recipe, shaped[0].shape[-1], known)
+    return concentrations(shaped, known, treatment)
 
 
 def _trim_blocks(

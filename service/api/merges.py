@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -127,11 +128,18 @@ JsonBody = Annotated[Body, Depends(json_body)]
 )
 async def create_merge(request: Request, body: JsonBody, doors: Doors, caller: Caller) -> Response:
     """Submit a merge. It is checked at once against its checkpoints' headers, stored, and worked on later."""
-    key = idempotency_key(request, caller, body.sha256)
-    taken = await run_in_threadpool(_take_in, request, body, doors, caller, key)
-    if isinstance(taken, KeptAnswer):
-        return _replayed(taken)
-    return await _answer_waited(request, taken, doors, caller, status=202)
+    return await _submitted(request, body, doors, caller)
+
+
+@router.post(
+    "/merges:analyze",
+    status_code=202,
+    responses={202: {"model": JobView}},
+    openapi_extra={**RECIPE_BODY, "parameters": [KEY_HEADER, WAIT_HEADER]},
+)
+async def analyze_merge(request: Request, body: JsonBody, doors: Doors, caller: Caller) -> Response:
+    """Submit a merge to be analyzed only: how much its tasks disturb each other is measured, and no weights written."""
+    return await _submitted(request, replace(body, value=_as_analysis(body.value)), doors, caller)
 
 
 @router.post("/merges:plan", responses={200: {"model": PlanView}}, openapi_extra=RECIPE_BODY)
@@ -186,6 +194,19 @@ def delete_merge(
         wipe(job, doors)
     doors.jobs.delete(caller, job_id, lambda job: expect_match(request, job))
     return Response(status_code=204)
+
+
+def _as_analysis(value: Any) -> Any:
+    """The recipe with its mode, whatever it says itself; what is no object is refused as it is."""
+    return {**value, "mode": "analysis"} if isinstance(value, dict) else value
+
+
+async def _submitted(request: Request, body: Body, doors: House, caller: str) -> Response:
+    key = idempotency_key(request, caller, body.sha256)
+    taken = await run_in_threadpool(_take_in, request, body, doors, caller, key)
+    if isinstance(taken, KeptAnswer):
+        return _replayed(taken)
+    return await _answer_waited(request, taken, doors, caller, status=202)
 
 
 def _take_in(request: Request, body: Body, doors: House, caller: str, key: IdempotencyKey | None) -> Job | KeptAnswer:

@@ -15,7 +15,9 @@ from service.stores.objects import ObjectMissing, Objects
 
 MANIFEST_LIMIT_BYTES = 256 << 20
 # What a merge writes beside its weights, known by name: a job without a result has no list of what it wrote.
-OURS = re.compile(r"merge/(recipe\.json|plan\.json|report\.json|report\.html|trim-log\.jsonl|removed-\d+\.safetensors)")
+OURS = re.compile(
+    r"merge/(recipe\.json|plan\.json|report\.json|report\.html|analysis\.json|trim-log\.jsonl|removed-\d+\.safetensors)"
+)
 
 
 def wipe(job: Job, doors: House) -> None:

@@ -27,18 +27,19 @@ from service.cli.output import (
     status_markup,
 )
 from service.cli.watching import download_bar, follow
+from service.client import CatmergeClient
 from service.contract.job import Status
 
+Watch = Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")]
+Key = Annotated[str | None, typer.Option("--key", help="Idempotency key: the same key and recipe are one job.")]
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Stop watching after so long.")]
 
 
 def submit(
     context: typer.Context,
     recipe: RecipeFile,
-    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
-    key: Annotated[
-        str | None, typer.Option("--key", help="Idempotency key: the same key and recipe are one job.")
-    ] = None,
+    watch: Watch = False,
+    key: Key = None,
     timeout: Timeout = None,
     as_json: Json = False,
     url: Url = None,
@@ -46,12 +47,22 @@ def submit(
     """Submit a merge; with --watch, follow it to its end."""
     with answering(as_json), connect(context, url) as client:
         job = client.submit(_read_recipe(recipe), idempotency_key=key)
-        if watch:
-            note(f"Submitted {job['id']}")
-            job = follow(client, job["id"], timeout)
-        _show(job, as_json)
-        if watch:
-            raise typer.Exit(exit_code(job))
+        _show_to_its_end(client, job, watch, timeout, as_json)
+
+
+def analyze(
+    context: typer.Context,
+    recipe: RecipeFile,
+    watch: Watch = False,
+    key: Key = None,
+    timeout: Timeout = None,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Measure how much tasks disturb each other before you merge them; no weights are written."""
+    with answering(as_json), connect(context, url) as client:
+        job = client.analyze(_read_recipe(recipe), idempotency_key=key)
+        _show_to_its_end(client, job, watch, timeout, as_json)
 
 
 def watch(
@@ -209,7 +220,19 @@ def methods(context: typer.Context, as_json: Json = False, url: Url = None) -> N
         out.print(table)
 
 
-COMMANDS = (submit, watch, ls, get, cancel, retry, delete, download, events, plan, methods)
+COMMANDS = (submit, analyze, watch, ls, get, cancel, retry, delete, download, events, plan, methods)
+
+
+def _show_to_its_end(
+    client: CatmergeClient, job: dict[str, Any], to_its_end: bool, timeout: float | None, as_json: bool
+) -> None:
+    """A job as it was submitted; or as it ended, where the command waits for that and leaves with its exit code."""
+    if to_its_end:
+        note(f"Submitted {job['id']}")
+        job = follow(client, job["id"], timeout)
+    _show(job, as_json)
+    if to_its_end:
+        raise typer.Exit(exit_code(job))
 
 
 def _show(job: dict[str, Any], as_json: bool) -> None:

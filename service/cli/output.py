@@ -119,6 +119,10 @@ def show_job(job: JsonObject) -> None:
     if measured:
         out.print()
         out.print(scores(measured))
+    analysis = (job["result"] or {}).get("analysis")
+    if analysis:
+        out.print()
+        out.print(verdicts(analysis))
 
 
 def _job_facts(job: JsonObject) -> Iterator[tuple[str, str]]:
@@ -184,3 +188,19 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+VERDICTS = {
+    "well": "[green]merge well[/]",
+    "care": "[yellow]merge with care[/]",
+    "leave_out": "[red]leave this task out[/]",
+}
+
+
+def verdicts(analysis: Mapping[str, Any]) -> Table:
+    """What an analysis says of each task, and by which figures."""
+    table = columns(["task", "verdict", "disturbed by", "disturbs by"], right=["disturbed by", "disturbs by"])
+    for name, row in analysis["verdict"]["tasks"].items():
+        amounts = ("–" if row[key] is None else f"{row[key]:.2f}" for key in ("suffers", "causes"))
+        table.add_row(escape(name), VERDICTS[row["verdict"]], *amounts)
+    return table

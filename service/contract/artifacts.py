@@ -4,6 +4,7 @@ from __future__ import annotations
 
 RECIPE = "merge/recipe.json"
 PLAN = "merge/plan.json"
+ANALYSIS = "merge/analysis.json"
 TRIM_LOG = "merge/trim-log.jsonl"
 REPORT_JSON = "merge/report.json"
 REPORT_HTML = "merge/report.html"
@@ -33,7 +34,7 @@ def role(name: str) -> str:
         return "weights"
     if name.startswith("heads/"):
         return "head"
-    if name in (REPORT_JSON, REPORT_HTML, MODEL_CARD):
+    if name in (REPORT_JSON, REPORT_HTML, MODEL_CARD, ANALYSIS):
         return "report"
     if name.startswith("merge/"):
         return "provenance"
@@ -68,6 +69,11 @@ def scratch(workspace: str, job_id: str) -> str:
 def trim_log_part(workspace: str, job_id: str, index: int) -> str:
     """The trim log of one shard, until the stages' end puts them together."""
     return f"{scratch(workspace, job_id)}trim-log-{index + 1:05d}.jsonl"
+
+
+def analysis_part(workspace: str, job_id: str, index: int) -> str:
+    """What one shard's task vectors do to each other, until the stages' end adds it up."""
+    return f"{scratch(workspace, job_id)}analysis-{index + 1:05d}.json"
 
 
 def survey(workspace: str, job_id: str, index: int) -> str:

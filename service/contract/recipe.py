@@ -91,6 +91,9 @@ Metadata = Annotated[
 class Recipe(Frozen):
     """What a merge is asked to do. Tasks keep their order."""
 
+    mode: Literal["merge", "analysis"] = Field(
+        "merge", description="analysis measures how much the tasks disturb each other, and writes no weights"
+    )
     base: Address
     tasks: tuple[Task, ...] = Field(min_length=1, max_length=MAX_TASKS)
     method: AnyMethod = Field(
@@ -134,6 +137,10 @@ class Recipe(Frozen):
         tasks = info.data.get("tasks")
         if tasks is None:  # what is wrong with them is said there
             return method
+        if info.data.get("mode") == "analysis" and not method.trims:
+            raise ValueError(
+                f"an analysis measures what cat would remove, not {_named(method)}; leave method out, or give cat"
+            )
         combining = method.combining
         if combining.task_limit is not None and len(tasks) > combining.task_limit:
             raise ValueError(
@@ -162,7 +169,9 @@ class Recipe(Frozen):
 
     @field_validator("tasks")
     @classmethod
-    def _tasks_agree(cls, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+    def _tasks_agree(cls, tasks: tuple[Task, ...], info: ValidationInfo) -> tuple[Task, ...]:
+        if info.data.get("mode") == "analysis" and len(tasks) < 2:
+            raise ValueError("an analysis holds tasks against each other; give at least two")
         names = [task.name for task in tasks]
         folded = [name.casefold() for name in names]  # heads/<task> must not collide on any file system
         twice = sorted({name for name, low in zip(names, folded, strict=True) if folded.count(low) > 1})
@@ -181,6 +190,8 @@ class Recipe(Frozen):
     @field_validator("evaluation")
     @classmethod
     def _evaluated_are_tasks(cls, evaluation: Evaluation | None, info: ValidationInfo) -> Evaluation | None:
+        if info.data.get("mode") == "analysis" and evaluation is not None:
+            raise ValueError("an analysis makes no model that could be evaluated; leave evaluation out, or merge")
         names = {task.name for task in info.data.get("tasks", ())}
         evaluated = _evaluated(evaluation)
         for name in evaluated if names else ():
@@ -195,6 +206,8 @@ class Recipe(Frozen):
     @field_validator("gates")
     @classmethod
     def _gates_are_measured(cls, gates: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
+        if info.data.get("mode") == "analysis" and gates:
+            raise ValueError("an analysis makes no model that a gate could judge; leave gates out, or merge")
         if "tasks" not in info.data or "evaluation" not in info.data:
             return gates  # what is wrong there is said there
         tasks = tuple(task.name for task in info.data["tasks"])

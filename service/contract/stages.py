@@ -12,6 +12,7 @@ class Stage(StrEnum):
     PLAN = "plan"
     CALIBRATE = "calibrate"
     SEARCH = "search"
+    ANALYZE = "analyze"
     MERGE = "merge"
     EVALUATE = "evaluate"
     FINALIZE = "finalize"
@@ -37,6 +38,7 @@ STAGES: dict[Stage, StageRow] = {
     Stage.PLAN: StageRow("catmerge.plan", Queue.LIGHT, "one"),
     Stage.CALIBRATE: StageRow("catmerge.calibrate", Queue.HEAVY, "one per task"),
     Stage.SEARCH: StageRow("catmerge.search", Queue.HEAVY, "one per trial"),
+    Stage.ANALYZE: StageRow("catmerge.analyze", Queue.HEAVY, "one per shard that a merge would write; no weights"),
     Stage.MERGE: StageRow("catmerge.merge", Queue.HEAVY, "one per output shard, of the result and of every baseline"),
     Stage.EVALUATE: StageRow("catmerge.evaluate", Queue.HEAVY, "one per model and evaluated task, and one for speed"),
     Stage.FINALIZE: StageRow("catmerge.finalize", Queue.LIGHT, "one"),

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 from service.cli.app import app
 from service.contract.errors import BadTensor
 from service.contract.job import Status
+from service.contract.parts import Counters, Done
 from service.contract.stages import PartMessage, Stage
 from tests.servers import free_port
 from tests.service.front import Front, checkpoint, open_front, recipe
@@ -170,6 +171,28 @@ def test_plan_and_methods(front: Front, recipe_file: str) -> None:
     assert {preset["name"] for preset in said(front, "methods")["presets"]} == {"auto", "paper"}
     assert "task_arithmetic" in call(front, "methods").stdout
     assert "auto" in call(front, "methods").stdout
+
+
+def test_analyze(front: Front, tmp_path: Path) -> None:
+    path = tmp_path / "two.json"
+    tasks = [{"name": name, "checkpoint": "s3://models/cars.safetensors"} for name in ("cars", "pets")]
+    path.write_text(json.dumps(recipe(tasks=tasks)))
+    job = said(front, "analyze", str(path), "--key", "analysis")
+    assert job["recipe"]["mode"] == "analysis"
+    assert said(front, "analyze", str(path), "--key", "analysis")["id"] == job["id"]
+    rows = {
+        "cars": {"verdict": "leave_out", "why": "drowns_others", "suffers": None, "causes": 2.5},
+        "pets": {"verdict": "well", "why": "calm", "suffers": 0.25, "causes": 0.125},
+    }
+    claim = front.house.parts.claim(PartMessage(Stage.PLAN, job["id"], 0), "worker")
+    assert claim is not None
+    result = {"prefix": job["recipe"]["output"]["prefix"], "artifacts": [], "analysis": {"verdict": {"tasks": rows}}}
+    front.house.parts.complete(claim, Done(status=Status.SUCCEEDED, result=result), Counters())
+    shown = call(front, "analyze", str(path), "--key", "analysis", "--watch")
+    assert shown.exit_code == 0, shown.output
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert ["cars", "leave", "this", "task", "out", "–", "2.50"] in lines
+    assert ["pets", "merge", "well", "0.25", "0.12"] in lines
 
 
 def test_wrong_usage(front: Front) -> None:

@@ -77,7 +77,8 @@ def test_memory_may_come_back_from_any_thread() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert 1 <= buffers.idle_bytes() // SMALLEST_BYTES <= 4
+    # Each thread holds its last buffer until the next one is lent to it.
+    assert 1 <= buffers.idle_bytes() // SMALLEST_BYTES <= 8
 
 
 def test_reading_ahead_is_bounded_and_in_order() -> None:

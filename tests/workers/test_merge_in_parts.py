@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from service.contract.errors import BadTensor
 from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from tests.workers.stage_runs import Run
-from workers import tensors
+from workers import sources, tensors
 
-merge = import_module("workers.stages.merge")  # workers.stages has a function of this name
 SIZES = {"embedding": (3000, 100), "scale": (100,), "tiny": (3,), "head": (700, 301), "last": (64, 64)}
 
 
@@ -62,9 +60,9 @@ def test_the_same_bytes_in_parts(
     recipe: dict[str, Any], tmp_path: Path, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = merged(tmp_path, recipe, method)
-    monkeypatch.setattr(merge, "GROUP_BYTES", 200_000)
-    monkeypatch.setattr(merge, "READ_AHEAD_BYTES", 500_000)
-    monkeypatch.setattr(merge, "ALIGNED", 64)
+    monkeypatch.setattr(sources, "GROUP_BYTES", 200_000)
+    monkeypatch.setattr(sources, "READ_AHEAD_BYTES", 500_000)
+    monkeypatch.setattr(sources, "ALIGNED", 64)
     monkeypatch.setattr(tensors, "SPAN_BYTES", 30_000)
     parts, run = merged(tmp_path, recipe, method)
     assert parts == whole
@@ -74,8 +72,8 @@ def test_the_same_bytes_in_parts(
 def test_a_bad_entry_in_the_last_part_names_the_tensor(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "GROUP_BYTES", 100_000)
-    monkeypatch.setattr(merge, "ALIGNED", 64)
+    monkeypatch.setattr(sources, "GROUP_BYTES", 100_000)
+    monkeypatch.setattr(sources, "ALIGNED", 64)
     bad = {name: torch.zeros(shape).bfloat16() for name, shape in SIZES.items()}
     bad["embedding"][-1, -1] = torch.inf
     save(tmp_path / "b.safetensors", {**bad, "counter": torch.arange(90_000)})

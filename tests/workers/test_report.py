@@ -60,7 +60,7 @@ def test_every_text_is_used() -> None:
     """Those of metrics, gates, roles, models and charts are named in the code by the end of their names."""
     code = (TEMPLATES / "report.html").read_text() + (TEMPLATES / "report.js").read_text()
     code += (files("workers") / "charts.py").read_text()
-    families = ("metric_", "gate_", "role_", "model_")
+    families = ("metric_", "gate_", "role_", "model_", "analysis_", "judged_", "why_")
     charts = ("_chart", "_alt")
     unused = [
         name

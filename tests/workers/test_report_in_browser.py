@@ -128,6 +128,18 @@ def test_every_chart_is_drawn_and_nothing_overflows_or_complains(
     assert reader.color("body", "background-color") == rgb(getattr(COLORS["paper"], scheme))
 
 
+def test_an_analysis_opens_with_its_verdict(browser: Browser, tmp_path: Path) -> None:
+    result = merge_demo(tmp_path, mode="analysis", evaluation=None, gates=[])
+    reader = read(browser, report_of(result), query="?lang=ja", width=PHONE)
+    assert reader.complaints == []
+    assert reader.page.evaluate("document.documentElement.scrollWidth") <= PHONE
+    assert "注意して統合してください" in reader.page.locator(".verdict").inner_text()
+    rows = reader.page.locator("#analysis > .wide").first.locator("tbody tr").all_inner_texts()
+    assert [row.split()[0] for row in rows] == list(TASKS)
+    for name in ("disturbance", "disturbance_after", "cosine", "energy", "conflict"):
+        assert reader.page.locator(f"#chart-{name} svg").count() == 1, name
+
+
 def test_charts_take_their_colors_from_the_theme_and_say_what_they_show(browser: Browser, made: Path) -> None:
     reader = read(browser, made)
     point = "#chart-retention .mark-symbol path"

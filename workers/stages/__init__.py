@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from service.contract.parts import Done
 from service.contract.stages import Stage
+from workers.stages.analyze import run as analyze
 from workers.stages.calibrate import run as calibrate
 from workers.stages.evaluate import run as evaluate
 from workers.stages.finalize import run as finalize
@@ -16,6 +17,7 @@ RUN: dict[Stage, Callable[[Work], Done]] = {
     Stage.PLAN: plan,
     Stage.CALIBRATE: calibrate,
     Stage.SEARCH: search,
+    Stage.ANALYZE: analyze,
     Stage.MERGE: merge,
     Stage.EVALUATE: evaluate,
     Stage.FINALIZE: finalize,

@@ -17,8 +17,10 @@ from service.contract.plan import HeadPlan, Pinned, Plan
 from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from service.stores.objects import failures
+from workers.analysis import Analysis, merged_places
 from workers.chosen import as_chosen
 from workers.cleanup import remove_scratch
+from workers.conflict import Conflict, total
 from workers.figures_file import read_scores
 from workers.gates import judge
 from workers.licenses import read_license
@@ -44,12 +46,14 @@ def run(work: Work) -> Done:
     asked, trials = work.recipe, work.study.trials() if work.study else []
     work = as_chosen(work)
     plan = work.plan()
-    merged = work.outputs(Stage.MERGE)[: len(plan.shards)]  # those after are baselines', which are no result
-    files = [Artifact.model_validate(file) for output in merged for file in output["files"]]
-    files += _described(work, plan)
-    files += _side_files(work, plan)
-    files += [_head(work, plan, head) for head in plan.heads]
-    files += _index(work, plan)
+    stage = Stage.ANALYZE if work.recipe.mode == "analysis" else Stage.MERGE
+    merged = work.outputs(stage)[: len(plan.shards)]  # those after are baselines', which are no result
+    analysis = _analysis(work, plan) if stage is Stage.ANALYZE else None
+    files = _described(work, plan)
+    if analysis is not None:
+        files.append(_write(work, artifacts.ANALYSIS, json.dumps(analysis.as_dict(), indent=2)))
+    else:
+        files += _model(work, plan, merged)
     log = _trim_log(work, plan)
     files.append(write_artifact(work.objects, plan.prefix, artifacts.TRIM_LOG, log))
     inputs = _digests(work, plan)
@@ -68,6 +72,8 @@ def run(work: Work) -> Done:
         layers=summarize(BytesIO(log)),
         inputs=[{name: file[name] for name in ("role", "address", "size", "sha256")} for file in inputs],
         made_by={"device": work.device, "engine": ENGINE, "versions": library_versions()},
+        conflict=_conflict(work, merged) if analysis is None else analysis.conflict(),
+        analysis=None if analysis is None else analysis.summary(),
         warnings=doubtful,
         search=found,
         asked=asked,
@@ -75,7 +81,8 @@ def run(work: Work) -> Done:
     report = build_report(facts)
     files.append(_write(work, artifacts.REPORT_JSON, json.dumps(report, indent=2)))
     files.append(_write(work, artifacts.REPORT_HTML, render_html(report)))
-    files.append(_write(work, artifacts.MODEL_CARD, render_card(report)))
+    if analysis is None:
+        files.append(_write(work, artifacts.MODEL_CARD, render_card(report)))
     status = Status.SUCCEEDED if all(verdict["passed"] for verdict in verdicts) else Status.REJECTED
     manifest = _manifest(work, asked, inputs, files)
     work.watch.announce_commit()
@@ -83,6 +90,32 @@ def run(work: Work) -> Done:
     with failures():
         remove_scratch(work.objects, work.workspace, work.claim.job_id)
     return Done(status=status, result=_result(report, plan, whole), warnings=tuple(doubtful))
+
+
+def _model(work: Work, plan: Plan, merged: Sequence[dict[str, Any]]) -> list[Artifact]:
+    """The merged model's files: weights and what was removed, which are there, and what goes beside them."""
+    files = [Artifact.model_validate(file) for output in merged for file in output["files"]]
+    files += _side_files(work, plan)
+    files += [_head(work, plan, head) for head in plan.heads]
+    return files + _index(work, plan)
+
+
+def _analysis(work: Work, plan: Plan) -> Analysis:
+    """What the analysis of every shard left."""
+    parts = []
+    for index in range(len(plan.shards)):
+        address = artifacts.analysis_part(work.workspace, work.claim.job_id, index)
+        with failures():
+            parts.append(json.loads(work.objects.read_all(address, LOG_LIMIT_BYTES)))
+    names = tuple(task.name for task in work.recipe.tasks)
+    return Analysis(names, merged_places(parts), stand_ins=not work.recipe.has_features)
+
+
+def _conflict(work: Work, merged: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the tasks' vectors do to each other, where trimming has measured it."""
+    found = [Conflict.from_dict(output["conflict"]) for output in merged if "conflict" in output]
+    tasks = [task.name for task in work.recipe.tasks]
+    return total(found, len(tasks)).summary(tasks) if found and len(tasks) > 1 else None
 
 
 def _metrics(work: Work, plan: Plan) -> tuple[dict[str, Any] | None, list[str]]:
@@ -265,7 +298,7 @@ def _manifest(work: Work, asked: Recipe, inputs: list[dict[str, Any]], files: Se
 
 
 def _result(report: dict[str, Any], plan: Plan, files: Sequence[Artifact]) -> dict[str, Any]:
-    keys = ("metrics", "gates", "trimmed", "cost", "savings")
+    keys = ("metrics", "gates", "trimmed", "cost", "savings", *(("analysis",) if report["analysis"] else ()))
     return {
         "prefix": plan.prefix,
         **{key: report[key] for key in keys},

@@ -143,8 +143,9 @@ def _parts(recipe: Recipe, plan: Plan) -> Iterator[NewPart]:
         trial_weight = merge_weight * plan.bytes_in + EVALUATE_WEIGHT * len(recipe.tasks)
         for index in range(recipe.search.count(recipe.method)):
             yield NewPart(Stage.SEARCH, index, f"trial/{index + 1}", trial_weight)
+    stage = Stage.ANALYZE if recipe.mode == "analysis" else Stage.MERGE
     for index, shard in enumerate(plan.shards):
-        yield NewPart(Stage.MERGE, index, shard.file, merge_weight * shard.bytes_in, len(shard.tensors))
+        yield NewPart(stage, index, shard.file, merge_weight * shard.bytes_in, len(shard.tensors))
     if recipe.evaluation is not None:
         yield from _baseline_parts(recipe.evaluation, plan, merge_weight)
         yield from _evaluation_parts(recipe.evaluation)

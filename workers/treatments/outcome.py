@@ -67,7 +67,8 @@ class Effect:
     ``energy`` is ||before||^2, and ``energy_removed`` ||before - after||^2 as a share of it. ``conflict_before`` and
     ``conflict_after`` sum, over the other tasks k, the second moment of the vector's response to task k's inputs.
     ``own_response_lost`` is the share of its response to its own inputs that is gone, ``large_share`` the share of the
-    removed energy that sat in its largest 1 % of entries.
+    removed energy that sat in its largest 1 % of entries. ``responses`` are the second moments of the vector's response
+    to every task's inputs, its own among them, and ``responses_left`` those of what trimming left of it.
     """
 
     energy_removed: float = 0.0
@@ -76,6 +77,8 @@ class Effect:
     own_response_lost: float | None = None
     large_share: float | None = None
     energy: float | None = None
+    responses: tuple[float, ...] = ()
+    responses_left: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

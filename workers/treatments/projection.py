@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from service.contract.treatments import Moments, Projection
+from service.contract.treatments import Projection
 from workers.statistics import Statistic
 from workers.threads import one_thread, shared_out
 from workers.treatments.outcome import Effect, Removed, Trimmed, check_alike, energy, known, share
 from workers.treatments.removal import Removal, Stripped, look, take
+from workers.treatments.roots import Root, root_of
 from workers.treatments.spectrum import Difference, is_formed, leading
 
 ALONE = 1 << 15  # entries of a task vector below which no other thread pays
@@ -41,7 +41,7 @@ def trim(
         BadTensor: a task vector or a statistic holds NaN or infinity.
     """
     check_alike(task_vectors, dimensions=2)
-    roots = [_root(s, params.moments, like=task_vectors[0]) for s in _usable(task_vectors, statistics)]
+    roots = [root_of(s, params.moments, like=task_vectors[0]) for s in _usable(task_vectors, statistics)]
     places = [torch.empty_like(vector) for vector in task_vectors] if out is None else out
     tasks = range(len(task_vectors))
     with one_thread() as threads:
@@ -77,26 +77,6 @@ def apply_removed(task_vectors: Sequence[Tensor], removed: Sequence[Removed], pa
 
 
 @dataclass(frozen=True, eq=False)
-class _Root:
-    """A square root of S_k: ``scale`` times R_k ``[r, in]``, or for one-hot inputs ``weights [r]`` per index seen."""
-
-    weights: Tensor
-    scale: float = 1.0
-    indices: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        return self.weights.shape[0]
-
-    def answer(self, columns: Tensor) -> Tensor:
-        """T R_k^T ``[out, r]`` for T ``[out, in]``."""
-        if self.indices is None:
-            return (columns @ self.weights.T).mul_(self.scale)
-        # An embedding lies turned around, so that what was seen lies in rows.
-        return (columns.T.index_select(0, self.indices) * self.weights[:, None]).T
-
-
-@dataclass(frozen=True, eq=False)
 class _Answers:
     """How task vectors answer tasks' inputs: T_i R_k^T ``[out, r_k]``.
 
@@ -104,13 +84,13 @@ class _Answers:
     """
 
     task_vectors: Sequence[Tensor]
-    roots: Sequence[_Root]
+    roots: Sequence[Root]
     own: list[Tensor]
     held: list[list[Tensor]] | None = None
     own_squares: Sequence[Tensor] = ()  # of the own answers, [out, out], where every G_k will be made from them
 
     @classmethod
-    def of(cls, task_vectors: Sequence[Tensor], roots: Sequence[_Root], threads: int) -> _Answers:
+    def of(cls, task_vectors: Sequence[Tensor], roots: Sequence[Root], threads: int) -> _Answers:
         tasks, (size, width) = range(len(task_vectors)), task_vectors[0].shape
         columns = sum(root.rows for root in roots)
         held, squares = None, []
@@ -132,18 +112,18 @@ class _Answers:
         return self.roots[k].answer(self.task_vectors[i]) if self.held is None else self.held[i][k]
 
 
-def _answered(task_vectors: Sequence[Tensor], roots: Sequence[_Root], threads: int) -> list[list[Tensor]]:
+def _answered(task_vectors: Sequence[Tensor], roots: Sequence[Root], threads: int) -> list[list[Tensor]]:
     """All answers, by task vector and by task: each task vector is read once."""
     together = torch.cat([root.weights * root.scale for root in roots]).T
     widths = [root.rows for root in roots]
     return shared_out(lambda vector: list(torch.split(vector @ together, widths, dim=1)), task_vectors, threads)
 
 
-def _stand_for_inputs(task_vectors: Sequence[Tensor], roots: Sequence[_Root]) -> bool:
+def _stand_for_inputs(task_vectors: Sequence[Tensor], roots: Sequence[Root]) -> bool:
     return all(root.weights is vector for root, vector in zip(roots, task_vectors, strict=True))
 
 
-def _mirrored(task_vectors: Sequence[Tensor], roots: Sequence[_Root], threads: int) -> list[list[Tensor]]:
+def _mirrored(task_vectors: Sequence[Tensor], roots: Sequence[Root], threads: int) -> list[list[Tensor]]:
     """As ``_answered``, where the factors are the task vectors: T_k T_i^T is the transpose of T_i T_k^T."""
     tasks = range(len(task_vectors))
     pairs = [(i, k) for i in tasks for k in tasks[i:]]
@@ -155,15 +135,6 @@ def _mirrored(task_vectors: Sequence[Tensor], roots: Sequence[_Root], threads: i
 
 def _usable(task_vectors: Sequence[Tensor], statistics: Sequence[Statistic | None]) -> list[Statistic]:
     return known(statistics, tasks=len(task_vectors), width=task_vectors[0].shape[1])
-
-
-def _root(statistic: Statistic, moments: Moments, *, like: Tensor) -> _Root:
-    divisor = statistic.rows if moments == "mean" else 1
-    if statistic.diagonal is None:
-        return _Root(statistic.held.to(like), statistic.scale / math.sqrt(divisor))
-    diagonal = statistic.diagonal.to(like.device, torch.float64) / divisor
-    seen = diagonal.nonzero().flatten()
-    return _Root(diagonal[seen].sqrt().to(like.dtype), indices=seen)
 
 
 def _disturbed(answers: _Answers, k: int, params: Projection) -> tuple[Removed, list[float]]:
@@ -197,4 +168,6 @@ def _effect(
         conflict_after=sum(after) - after[i],
         own_response_lost=share(lost, squares[i]),
         large_share=stripped.large / stripped.gone if stripped.gone > 0 else None,
+        responses=tuple(squares),
+        responses_left=tuple(after),
     )

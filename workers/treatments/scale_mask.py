@@ -66,4 +66,6 @@ def _effect(before: Tensor, after: Tensor, moments: Tensor, i: int) -> Effect:
         conflict_before=float((flat_before.square() * conflict).sum()),
         conflict_after=float((flat_after.square() * conflict).sum()),
         own_response_lost=share(lost, float((flat_before.square() * moments[i]).sum())),
+        responses=tuple((moments @ flat_before.square()).tolist()),
+        responses_left=tuple((moments @ flat_after.square()).tolist()),
     )

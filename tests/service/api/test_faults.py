@@ -63,7 +63,7 @@ def test_a_fault_points_into_the_request(value: object, expected: list[tuple[str
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        (recipe(metod={}), "did you mean 'method' or 'metadata'?"),
+        (recipe(metod={}), "did you mean 'method' or 'mode' or 'metadata'?"),
         (recipe(method={"name": "ties", "densty": 1}), "did you mean 'density'?"),
         (recipe(tasks=[changed(exemplar="s3://a/b")]), "did you mean 'exemplars'?"),
         (

@@ -1,0 +1,53 @@
+"""Analyzes one shard of what a merge would write: trims in memory, measures conflict, and writes no weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from service.contract import artifacts
+from service.contract.parts import Done
+from workers.conflict import Conflict
+from workers.machine import allow_tf32
+from workers.merging import analyze_tensor
+from workers.sources import Sources
+from workers.stages.merge import kept, totals
+from workers.tensors import TensorReader, write_artifact
+from workers.trim_log import layer_of
+from workers.work import Work
+
+
+def run(work: Work) -> Done:
+    """Leave a shard's part of the trim log, and what its task vectors do to each other by layer and role.
+
+    Raises:
+        BadTensor, BadInput: an input is not what it should be; the tensor is named.
+        InputChanged, StorageFailure.
+    """
+    allow_tf32(work.recipe.allow_tf32)
+    plan = work.plan()
+    shard = plan.shards[work.part]
+    rows: list[dict[str, Any]] = []
+    found: dict[tuple[str, str], Conflict] = {}
+    with TensorReader(work.objects) as reader:
+        sources = Sources.open(work, plan, reader)
+        for tensor in sources.read(work, shard):
+            if tensor.plan.source == "merged":
+                analyzed = analyze_tensor(
+                    tensor.plan, work.recipe, tensor.base, tensor.experts, tensor.statistics, work.device
+                )
+                rows += analyzed.rows
+                place = (layer_of(tensor.plan.name), tensor.plan.role.value)
+                found[place] = found[place] + analyzed.conflict if place in found else analyzed.conflict
+            work.watch.step(tensors=1, bytes_read=sources.bytes_of(tensor.plan, tensor.base.numel()))
+    _leave(work, rows, found)
+    return Done(output={"trimmed": totals(rows)}, warnings=kept(rows))
+
+
+def _leave(work: Work, rows: list[dict[str, Any]], found: dict[tuple[str, str], Conflict]) -> None:
+    """Both files lie in the job's scratch until the report is made."""
+    log = "".join(json.dumps(row) + "\n" for row in rows)
+    sums = [{"layer": layer, "role": role, **conflict.as_dict()} for (layer, role), conflict in found.items()]
+    job = work.claim.job_id
+    write_artifact(work.objects, "", artifacts.trim_log_part(work.workspace, job, work.part), log.encode())
+    write_artifact(work.objects, "", artifacts.analysis_part(work.workspace, job, work.part), json.dumps(sums).encode())
