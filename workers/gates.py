@@ -44,8 +44,13 @@ def _figure(gate: Gate, measured: Mapping[str, Any], model_bytes: int) -> float 
 
 
 def _measured(gate: Gate, measured: Mapping[str, Any]) -> tuple[float | None, Sequence[float] | None]:
-    """A gate's figure and its interval, where they could be computed."""
+    """A gate's figure and its interval, where they could be computed.
+
+    What a task keeps has no figure where its expert has no score to keep; then neither has what all tasks keep.
+    """
     if gate.task is None:
+        if any(row["retention"] is None for row in measured["tasks"].values()):
+            return None, None
         name = {"worst_task_retention": "worst_retention"}.get(gate.metric, gate.metric)
         return measured[name], measured[f"{name}_interval"]
     row = measured["tasks"].get(gate.task)

@@ -76,6 +76,11 @@ def _doubts(evaluation: Evaluation, task: TaskScores) -> list[str]:
             f"task {name!r} has only {task.samples} labeled samples; with fewer than {FEW_SAMPLES}, intervals are rough"
         )
     merged, expert = task.primary("merged")[0], task.primary("expert")[0]
+    if not math.isfinite(task.retention("merged")[0]):
+        found.append(
+            f"task {name!r}: no share of the expert's {task.row.primary} ({expert:.4g}) can be kept; mean and worst "
+            "retention are those of the other tasks, and gates on them are not met"
+        )
     if merged != expert and _distinguishable(evaluation, task) is False:
         found.append(
             f"task {name!r}: {task.samples} samples are too few to tell the merged model's {task.row.primary} "

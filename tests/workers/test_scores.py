@@ -110,6 +110,8 @@ def test_doubts_are_told() -> None:
     assert measured(asked, [close])["tasks"]["cars"]["distinguishable"] is False
     assert doubts(asked, scores_of(asked, cars=[0.1, 0.8, 0.6])) == []
     assert doubts(asked, scores_of(asked, cars=[0.1, 0.8, 0.8])) == []
+    (nothing,) = doubts(asked, scores_of(asked, cars=[0.1, 0.0, 0.2]))
+    assert nothing.startswith("task 'cars': no share of the expert's accuracy (0) can be kept")
 
 
 def test_scores_are_read_as_they_were_written() -> None:
@@ -140,6 +142,9 @@ FIGURES: dict[str, Any] = {
 }  # fmt: skip
 
 
+COMPLETE = {**FIGURES, "tasks": {"cars": FIGURES["tasks"]["cars"]}}
+
+
 @pytest.mark.parametrize(
     ("gate", "value", "passed"),
     [
@@ -148,6 +153,18 @@ FIGURES: dict[str, Any] = {
         (Gate(metric="worst_task_retention", at_least=0.7, use="bound"), 0.65, False),
         (Gate(metric="mean_retention", at_least=0.9), 0.875, False),
         (Gate(metric="mean_retention", at_least=0.8, use="bound"), 0.8, True),
+    ],
+)
+def test_a_gate_on_all_tasks_needs_what_every_task_keeps(gate: Gate, value: float, passed: bool) -> None:
+    (verdict,) = judge([gate], COMPLETE, model_bytes=0)
+    assert (verdict["value"], verdict["passed"]) == (value, passed)
+    (verdict,) = judge([gate], FIGURES, model_bytes=0)
+    assert (verdict["value"], verdict["passed"]) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "passed"),
+    [
         (Gate(metric="task_retention", at_least=0.75, task="cars"), 0.75, True),
         (Gate(metric="task_retention", at_least=0.0, task="food"), None, False),
         (Gate(metric="task_retention", at_least=0.0, task="food", use="bound"), None, False),
@@ -169,7 +186,7 @@ def test_a_gate_holds_what_was_measured_against_what_was_agreed(gate: Gate, valu
 
 
 def test_rounding_fails_no_gate() -> None:
-    figures = {**FIGURES, "worst_retention": 0.72 / 0.8}
+    figures = {**COMPLETE, "worst_retention": 0.72 / 0.8}
     assert judge([Gate(metric="worst_task_retention", at_least=0.9)], figures, 0)[0]["passed"]
 
 
