@@ -25,6 +25,7 @@ from workers.tensors import DTYPES
 from workers.treatments import Effect
 from workers.treatments.concentration import Concentration
 from workers.trimming import concentrate, log_rows, removed_by_name, trim_parameter
+from workers.unread import Unread
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,43 @@ def merge_tensor(
         BadTensor: a checkpoint holds NaN or infinity here, or the result overflows its type.
     """
     method = plan.method or recipe.method
-    context = Context(
+    context = _context(plan, recipe, base, statistics, cuts, first)
+    whole = [expert for expert in experts if isinstance(expert, Tensor)]
+    if len(whole) < len(experts):
+        return _merge_adapters(plan, recipe, context, experts, device)
+    if recipe.method.trims or method.pieces == "none":
+        return _merge_whole(plan, recipe, context, _differences(context.base, whole, device), device)
+    return Merged(merge_by_pieces(plan, recipe, context, whole, device), [], {})
+
+
+def merge_unread(
+    plan: TensorPlan, recipe: Recipe, unread: Sequence[Unread], cuts: Sequence[Sequence[Cut]] = (), first: int = 0
+) -> Merged:
+    """As ``merge_tensor`` on the CPU where the method ``is_entrywise``: the base's entries and every expert's, unread.
+
+    Raises:
+        BadTensor: as there; and what their files raise.
+    """
+    base, *experts = unread
+    nothing = torch.zeros((), dtype=base.dtype).expand(base.shape)
+    context = _context(plan, recipe, nothing, [None] * len(experts), cuts, first)
+    return Merged(merge_by_pieces(plan, recipe, context, experts, "cpu", base=base), [], {})
+
+
+def is_entrywise(plan: TensorPlan, recipe: Recipe) -> bool:
+    """Whether an entry of the result depends on nothing but the same entry of what is merged."""
+    return (plan.method or recipe.method).entrywise and not recipe.method.trims
+
+
+def _context(
+    plan: TensorPlan,
+    recipe: Recipe,
+    base: Tensor,
+    statistics: Sequence[Statistic | None],
+    cuts: Sequence[Sequence[Cut]],
+    first: int,
+) -> Context:
+    return Context(
         parameter=plan.name,
         role=plan.role,
         transposed=plan.transposed,
@@ -81,17 +118,6 @@ def merge_tensor(
         blocks=plan.blocks,
         first=first,
     )
-    whole = [expert for expert in experts if isinstance(expert, Tensor)]
-    if len(whole) < len(experts):
-        return _merge_adapters(plan, recipe, context, experts, device)
-    if recipe.method.trims or method.pieces == "none":
-        return _merge_whole(plan, recipe, context, _differences(context.base, whole, device), device)
-    return Merged(merge_by_pieces(plan, recipe, context, whole, device), [], {})
-
-
-def is_entrywise(plan: TensorPlan, recipe: Recipe) -> bool:
-    """Whether an entry of the result depends on nothing but the same entry of what is merged."""
-    return (plan.method or recipe.method).entrywise and not recipe.method.trims
 
 
 def _merge_adapters(
@@ -200,15 +226,16 @@ def merge_by_pieces(
     plan: TensorPlan,
     recipe: Recipe,
     context: Context,
-    sources: Sequence[Tensor],
+    sources: Sequence[Tensor | Unread],
     device: str,
     *,
+    base: Unread | None = None,
     are_experts: bool = True,
     entries: int = ENTRIES,
 ) -> Tensor:
     """As ``merge_tensor``, about ``entries`` at a time: what fits into the cache is read from memory once.
 
-    ``sources`` are the experts, or else task vectors. Raises BadTensor.
+    ``sources`` are the experts, or else task vectors; ``base`` is given where it is unread. Raises BadTensor.
     """
     method = (plan.method or recipe.method).combining
     heard = heard_of([task.weight for task in recipe.tasks])
@@ -217,7 +244,7 @@ def merge_by_pieces(
     if not heard or not merged.numel():
         return merged.copy_(context.base)
     refuse = partial(_refuse_non_finite, plan, recipe, tasks)
-    options = {"are_experts": are_experts, "entries": entries, "device": device}
+    options = {"are_experts": are_experts, "base": base, "entries": entries, "device": device}
     check = refuse if method.drops else None
     doubtful = []
     with pieces_of(method, context.of(heard), [sources[k] for k in heard], check=check, **options) as pieces:

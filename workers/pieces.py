@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from workers.context import Context
 from workers.threads import one_thread
+from workers.unread import Landing, Unread
 
-ENTRIES = 1 << 17  # half a megabyte of each operand: calls cost little beside the work, and all stays cached
+ENTRIES = 1 << 19  # half a megabyte of each operand: calls cost little beside the work, and all stays cached
 SAMPLE = 1 << 15  # entries that are looked at to guess where to look
 RUN = 64  # of them lie side by side, so that few lines of memory are read
 STRIDED_ROWS = 16  # rows that don't lie in a row are read together, since memory gives them together
@@ -36,9 +38,10 @@ class Pieces:
     def __init__(
         self,
         context: Context,
-        sources: Sequence[Tensor],
+        sources: Sequence[Tensor | Unread],
         *,
         are_experts: bool,
+        base: Unread | None = None,
         by_rows: bool = False,
         entries: int = ENTRIES,
         device: str | torch.device = "cpu",
@@ -46,6 +49,8 @@ class Pieces:
     ) -> None:
         """``context.base`` and ``sources`` hold the whole parameter; the base is taken off where ``are_experts``.
 
+        Where all of them are unread, so is the ``base``, and of ``context.base`` nothing but shape and type is used.
+        Such are read when it is their turn, and can't be sampled or cut into rows; what their files raise comes out.
         ``check`` sees every piece once, the first time that it is read.
         """
         self.context, self.entries = context, context.base.numel()
@@ -53,14 +58,14 @@ class Pieces:
         self._compute = torch.promote_types(context.base.dtype, torch.float32)
         self._size = entries if self._device.type == "cpu" else max(1, self.entries)
         self._by_rows = by_rows
-        self._whole = [context.base, *sources]
-        self._views = list(zip(*(self.cut_up(tensor) for tensor in self._whole), strict=True))
+        self._whole = [context.base if base is None else base, *sources]
+        self._views = list(zip(*(self._cut_up(whole) for whole in self._whole), strict=True))
         self.firsts = [context.first]
         for piece, *_ in self._views[:-1]:
             self.firsts.append(self.firsts[-1] + piece.numel())
         self._room = max((piece.numel() for piece, *_ in self._views), default=0)
         self._threads = min(torch.get_num_threads(), len(self._views))
-        self._rooms: list[Tensor] = []
+        self._rooms: list[_Room] = []
         self._pool: ThreadPoolExecutor | None = None
 
     def __enter__(self) -> Self:
@@ -94,6 +99,9 @@ class Pieces:
         flat = tensor.reshape(-1)
         return [flat] if self.entries <= self._size else list(torch.split(flat, self._size))
 
+    def _cut_up(self, whole: Tensor | Unread) -> Sequence[Tensor | Unread]:
+        return whole.split(self._size) if isinstance(whole, Unread) else self.cut_up(whole)
+
     def map(self, work: Work[R], facts: Any = None) -> list[R]:
         """What ``work`` returns for each of the pieces, in their order, whoever did it and when.
 
@@ -120,18 +128,18 @@ class Pieces:
         runs = max(1, min(SAMPLE, self.entries // 16) // RUN)
         step = max(RUN, self.entries // runs) | 1  # odd, so that it does not keep to the same columns
         run = min(RUN, self.entries)
-        flat = [tensor.reshape(-1) for tensor in self._whole]
+        flat = [tensor.reshape(-1) for tensor in self._whole if isinstance(tensor, Tensor)]
         views = [
             each.as_strided((max(1, self.entries // step), run), (step, 1), each.storage_offset()) for each in flat
         ]
-        room = torch.empty(len(views), views[0].numel(), dtype=self._compute, device=self._device)
+        room = self._make_room(views[0].numel())
         with one_thread():
             start, vectors = self._load([view.flatten() for view in views], room)
             return work(vectors, replace(self.context, base=start))
 
     def _share_out(self, work_off: Callable[[int], None]) -> None:
         while len(self._rooms) < self._threads:
-            self._rooms.append(torch.empty(len(self._whole), self._room, dtype=self._compute, device=self._device))
+            self._rooms.append(self._make_room(self._room))
         with one_thread():
             pool = self._pool
             started = [] if pool is None else [pool.submit(work_off, thread) for thread in range(1, self._threads)]
@@ -142,25 +150,39 @@ class Pieces:
             if errors:
                 raise errors[0]
 
-    def _load(self, views: Sequence[Tensor], room: Tensor) -> tuple[Tensor, list[Tensor]]:
-        base, *others = views
-        start = self._loaded(base, room[0])
-        if self._are_experts:
-            vectors = [self._difference(other, start, row) for other, row in zip(others, room[1:], strict=True)]
-        else:
-            vectors = [self._loaded(other, row) for other, row in zip(others, room[1:], strict=True)]
-        return start, vectors
+    def _make_room(self, entries: int) -> _Room:
+        computed = torch.empty(len(self._whole), entries, dtype=self._compute, device=self._device)
+        wide = max((whole.dtype.itemsize for whole in self._whole if isinstance(whole, Unread)), default=0)
+        return _Room(computed, Landing(torch.empty(wide * entries, dtype=torch.uint8)))
 
-    def _loaded(self, view: Tensor, row: Tensor) -> Tensor:
-        if view.dtype is self._compute and view.device == self._device and view.is_contiguous():
+    def _load(self, views: Sequence[Tensor | Unread], room: _Room) -> tuple[Tensor, list[Tensor]]:
+        base, *others = views
+        start = self._loaded(room.read(base), room.computed[0], is_lasting=isinstance(base, Tensor))
+        load = partial(self._difference, start) if self._are_experts else self._loaded
+        # One after the other: what has been read is still in the cache, and its memory is there for the next.
+        return start, [load(room.read(other), row) for other, row in zip(others, room.computed[1:], strict=True)]
+
+    def _loaded(self, view: Tensor, row: Tensor, *, is_lasting: bool = True) -> Tensor:
+        if is_lasting and view.dtype is self._compute and view.device == self._device and view.is_contiguous():
             return view
         return row[: view.numel()].view(view.shape).copy_(view)
 
-    def _difference(self, view: Tensor, start: Tensor, row: Tensor) -> Tensor:
+    def _difference(self, start: Tensor, view: Tensor, row: Tensor) -> Tensor:
         place = row[: view.numel()].view(view.shape)
         if view.dtype is self._compute and view.device == self._device:
             return torch.sub(view, start, out=place)
         return place.copy_(view).sub_(start)  # faster than a subtraction of two types
+
+
+@dataclass(frozen=True, eq=False)
+class _Room:
+    """A thread's memory for one piece: of every operand as it is computed with, and of one as it lies in its file."""
+
+    computed: Tensor
+    landing: Landing
+
+    def read(self, view: Tensor | Unread) -> Tensor:
+        return self.landing.read(view) if isinstance(view, Unread) else view
 
 
 def _rows(tensor: Tensor, context: Context, size: int) -> list[Tensor]:

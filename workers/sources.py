@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, LowRank, TensorInfo
@@ -21,10 +23,13 @@ from workers.statistics import Statistic
 from workers.statistics_file import StatisticsFile, StatisticsReading
 from workers.survey import WholeCut, from_json
 from workers.tensors import FactorsReading, Reading, TensorReader, batches, read_ahead
+from workers.unread import Unread
 from workers.upload import Uploader
 from workers.work import Work
 
 GROUP_BYTES = 16 << 20  # read and merged at once, from all checkpoints together
+SMALL_BYTES = 2 << 20  # of all checkpoints together: what is less is read in spans also where files are near
+UNREAD_BYTES = 128 << 20  # merged at once where nothing is read beforehand: the result alone takes memory
 READ_AHEAD_BYTES = 48 << 20  # read while a group is merged
 ALIGNED = 1 << 16  # entries: where tensors may be cut
 SURVEY_LIMIT_BYTES = 256 << 20
@@ -32,11 +37,12 @@ SURVEY_LIMIT_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Group:
-    """What is read and merged at once: some whole tensors, or some entries of one."""
+    """What is read and merged at once: some whole tensors, or some entries of one, which may stay unread until then."""
 
     tensors: tuple[TensorPlan, ...]
     entries: slice | None
     nbytes: int
+    is_unread: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -65,13 +71,17 @@ class _Reading:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """One tensor of the base, every task's, and what is known of its inputs; of tasks nothing where it is copied."""
+    """One tensor of the base, every task's, and what is known of its inputs; of tasks nothing where it is copied.
+
+    What is ``unread``, the base's entries and every task's, is there in place of the tensors.
+    """
 
     group: Group
     plan: TensorPlan
     base: Tensor
     experts: Sequence[Tensor | LowRankVector] = ()
     statistics: Sequence[Statistic | None] = ()
+    unread: Sequence[Unread] = ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class Sources:
     tasks: tuple[Checkpoint, ...]
     statistics: tuple[StatisticsFile, ...]
     surveys: tuple[list[WholeCut], ...]
+    are_near: bool = False
 
     @classmethod
     def open(cls, work: Work, plan: Plan, reader: TensorReader) -> Sources:
@@ -95,7 +106,8 @@ class Sources:
             for task, output in zip(recipe.tasks, calibrated, strict=False)
             if "statistics" in output
         )
-        return cls(reader, base, tasks, statistics, _surveys(work, calibrated))
+        are_near = work.device == "cpu" and reader.are_near((base, *tasks))
+        return cls(reader, base, tasks, statistics, _surveys(work, calibrated), are_near)
 
     def cuts(self, tensor: TensorPlan) -> list[list[Cut]]:
         """Where each task's largest entries end in one tensor, where the method has asked for it."""
@@ -112,7 +124,18 @@ class Sources:
 
     def read(self, work: Work, shard: ShardPlan) -> Iterator[Found]:
         """What was found of each of the shard's tensors, or of some of its entries, while what follows is read."""
-        groups = list(self.groups(work.recipe, shard))
+        for is_unread, groups in groupby(self.groups(work.recipe, shard), lambda group: group.is_unread):
+            if is_unread:
+                yield from map(self._unread, groups)
+            else:
+                yield from self._read(work, list(groups))
+
+    def _unread(self, group: Group) -> Found:
+        (tensor,), entries = group.tensors, group.entries or slice(0, 0)
+        unread = self.reader.unread((self.base, *self.tasks), tensor.name, entries)
+        return Found(group, tensor, torch.empty(0), unread=unread)
+
+    def _read(self, work: Work, groups: Sequence[Group]) -> Iterator[Found]:
         readings = read_ahead(groups, self.start, lambda group: group.nbytes, READ_AHEAD_BYTES)
         for (group, reading), tensors in Uploader(work.device).ahead(readings, lambda item: item[1].tensors()):
             yield from self._found(group, reading, tensors)
@@ -145,25 +168,28 @@ class Sources:
         return not any(isinstance(task.changes.get(name), LowRank) for task in self.tasks)
 
     def groups(self, recipe: Recipe, shard: ShardPlan) -> Iterator[Group]:
-        """Whole tensors up to GROUP_BYTES together; larger ones in parts, if their entries are merged one by one."""
+        """Whole tensors up to a limit together; larger ones in parts, if their entries are merged one by one."""
         by_name = {tensor.name: tensor for tensor in shard.tensors}
         sizes = [(tensor.name, self.bytes_of(tensor, math.prod(tensor.shape))) for tensor in shard.tensors]
-        for names in batches(sizes, GROUP_BYTES):
+        are_unread = self.are_near and recipe.method.entrywise and not recipe.method.trims
+        limit = SMALL_BYTES if are_unread else GROUP_BYTES
+        for names in batches(sizes, limit):
             group = tuple(by_name[name] for name in names)
             nbytes = sum(self.bytes_of(tensor, math.prod(tensor.shape)) for tensor in group)
-            if nbytes > GROUP_BYTES and is_entrywise(group[0], recipe) and self.are_in_one_piece(group[0].name):
-                yield from self._parts(group[0])
+            may_be_cut = is_entrywise(group[0], recipe) and self.are_in_one_piece(group[0].name)
+            if nbytes > limit and may_be_cut:
+                yield from self._parts(group[0], are_unread and group[0].source == "merged")
             else:
                 yield Group(group, None, nbytes)
 
-    def _parts(self, tensor: TensorPlan) -> Iterator[Group]:
+    def _parts(self, tensor: TensorPlan, is_unread: bool) -> Iterator[Group]:
         """Parts of much the same size."""
         total = math.prod(tensor.shape)
-        parts = -(-self.bytes_of(tensor, total) // GROUP_BYTES)
+        parts = -(-self.bytes_of(tensor, total) // (UNREAD_BYTES if is_unread else GROUP_BYTES))
         each = -(-total // (parts * ALIGNED)) * ALIGNED
         for first in range(0, total, each):
             entries = slice(first, min(first + each, total))
-            yield Group((tensor,), entries, self.bytes_of(tensor, entries.stop - first))
+            yield Group((tensor,), entries, self.bytes_of(tensor, entries.stop - first), is_unread)
 
 
 def _own(task: Checkpoint, names: Sequence[str]) -> list[str]:

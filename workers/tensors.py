@@ -16,14 +16,15 @@ from torch import Tensor
 
 from service.contract.adapter import on_base
 from service.contract.artifacts import media_type, role
-from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, LowRank, TensorInfo, write_header
+from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, CheckpointFile, LowRank, TensorInfo, write_header
 from service.contract.errors import BadInput, InputChanged, WorkerError
 from service.contract.job import Artifact
 from service.contract.plan import Pinned
 from service.stores.checkpoints import read_checkpoint
-from service.stores.objects import Objects, ObjectWriter, failures
+from service.stores.objects import NearObject, Objects, ObjectWriter, failures
 from workers.buffers import Buffers
 from workers.low_rank import LowRankVector
+from workers.unread import Unread
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -31,6 +32,7 @@ R = TypeVar("R")
 SPAN_BYTES = 16 << 20  # one read: larger costs memory, smaller costs requests
 GAP_BYTES = 256 << 10  # reading over a gap this small is cheaper than another request
 READERS = 8
+OPEN_FILES = 200  # of those that are read piece by piece; few systems allow a process less than a thousand
 KEEP_BYTES = 64 << 20  # of memory that was read into and is free again
 WRITE_BEHIND_BYTES = 32 << 20  # merged tensors that wait to be written, beside the one being written
 WRITE_BYTES = 1 << 20  # written and hashed one after the other, so that hashing finds them in the cache
@@ -73,6 +75,7 @@ class TensorReader:
         self._objects = objects
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self._buffers = Buffers(KEEP_BYTES)
+        self._files: dict[str, NearObject] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -81,6 +84,7 @@ class TensorReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
+        self._close_files()
 
     def open(self, address: str, pinned: Sequence[Pinned], base: Checkpoint | None = None) -> Checkpoint:
         """A checkpoint's headers, once it is certain that its files are those that were planned with.
@@ -115,6 +119,47 @@ class TensorReader:
         spans = plan_spans(infos if entries is None else [_cut(info, entries) for info in infos])
         additions = {name: change for name in wanted if isinstance(change := checkpoint.changes.get(name), LowRank)}
         return Reading([self._read_span(span, etags[span.file]) for span in spans], additions)
+
+    def are_near(self, checkpoints: Sequence[Checkpoint]) -> bool:
+        """Whether all lie on this machine, as whole models, so that they may stay ``unread`` until they are needed."""
+        if any(checkpoint.adapter is not None for checkpoint in checkpoints):
+            return False
+        return all(self._is_near(checkpoint.files[0]) for checkpoint in checkpoints)
+
+    def _is_near(self, file: CheckpointFile) -> bool:
+        with failures():
+            opened = self._objects.near(file.address, file.etag)
+        if opened is not None:
+            opened.close()
+        return opened is not None
+
+    def unread(self, checkpoints: Sequence[Checkpoint], name: str, entries: slice) -> list[Unread]:
+        """Some entries of each one's tensor of a name, ``[n]``, to be read by the caller. All must be near.
+
+        They can be read until this is called again. Raises InputChanged, StorageFailure.
+        """
+        if len(self._files) > OPEN_FILES:
+            self._close_files()
+        found = [self._unread(checkpoint, _cut(checkpoint.tensors[name], entries)) for checkpoint in checkpoints]
+        for each in found:
+            each.expect()
+        return found
+
+    def _unread(self, checkpoint: Checkpoint, info: TensorInfo) -> Unread:
+        file = self._files.get(info.file)
+        if file is None:
+            etags = {file.address: file.etag for file in checkpoint.files}
+            with failures():
+                file = self._objects.near(info.file, etags[info.file])
+            if file is None:
+                raise WorkerError(f"{info.file} is not on this machine", tensor=info.name)
+            self._files[info.file] = file
+        return Unread(file, info.start, DTYPES[info.dtype], info.shape)
+
+    def _close_files(self) -> None:
+        while self._files:
+            _, file = self._files.popitem()
+            file.close()
 
     def start_factors(self, checkpoint: Checkpoint, names: Iterable[str]) -> FactorsReading:
         """Begin to read what an adapter adds to tensors, without these; ``FactorsReading.wait`` gives it."""

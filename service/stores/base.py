@@ -1,4 +1,4 @@
-"""What every object store promises: six verbs, one way to write addresses, and four ways to say no."""
+"""What every object store promises: seven verbs, one way to write addresses, and four ways to say no."""
 
 from __future__ import annotations
 
@@ -71,8 +71,22 @@ class ObjectWriter(Protocol):
     def abort(self) -> None: ...
 
 
+class NearObject(Protocol):
+    """An object on this machine, open until it is closed: cheap to read in pieces of any size, by many threads."""
+
+    def expect(self, start: int, size: int) -> None:
+        """Say that these bytes will be read soon."""
+        ...
+
+    def read(self, start: int, into: memoryview) -> None:
+        """As ``ObjectStore.read``, of the object that was opened. Raises ObjectChanged where it has changed since."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class ObjectStore(Protocol):
-    """Six verbs over full addresses. Every method may be called from several threads, and may raise any StoreError."""
+    """Seven verbs over full addresses. Every method may be called by several threads, and may raise any StoreError."""
 
     def head(self, address: str) -> ObjectInfo:
         """The object as it is now. Raises ObjectMissing."""
@@ -83,6 +97,14 @@ class ObjectStore(Protocol):
 
         Raises:
             ObjectChanged: the object has another ETag than ``etag``, or ends too early.
+        """
+        ...
+
+    def near(self, address: str, etag: str) -> NearObject | None:
+        """The object, opened, where it lies on this machine; None where reading in large spans is better.
+
+        Raises:
+            ObjectChanged: the object has another ETag than ``etag``.
         """
         ...
 

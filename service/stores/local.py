@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ STAGING = ".catmerge-staging-"  # objects being written, beside their place so t
 BUFFER_BYTES = 1 << 20
 FLUSH_BYTES = 32 << 20  # written between two requests to bring what there is to the disk
 STAGING_ATTEMPTS = 20
+READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # the path is resolved; a pipe must not block
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,12 @@ class LocalStore:
     def read(self, address: str, start: int, into: memoryview, *, etag: str | None = None) -> None:
         path = self._object(address).path()
         with _errors(address), _opened(path) as file:
-            found = _info(address, os.fstat(file))
+            expected = etag or _info(address, os.fstat(file)).etag
             _fill(file, start, into.cast("B"), address)
-            after = _info(address, os.fstat(file))
-        if found != after or (etag is not None and etag != found.etag):
-            raise ObjectChanged(f"{address} has changed: its ETag is {after.etag}, expected {etag or found.etag}")
+            _refuse_change(address, file, expected)
+
+    def near(self, address: str, etag: str) -> LocalObject:
+        return LocalObject(address, self._object(address).path(), etag)
 
     def write(self, address: str, *, media_type: str = "application/octet-stream") -> LocalWriter:  # noqa: ARG002
         place = self._object(address)
@@ -115,6 +118,32 @@ class LocalStore:
             if address.startswith(mount):
                 return Place(mount, root, address.removeprefix(mount))
         raise AccessDenied(f"{address!r} is under none of the folders allowed: CATMERGE_FILE_ROOTS names them")
+
+
+class LocalObject:
+    """A file that stays open while it is read."""
+
+    def __init__(self, address: str, path: Path, etag: str) -> None:
+        self._address, self._etag = address, etag
+        with _errors(address):
+            self._file = os.open(path, READING)
+        try:
+            _refuse_change(address, self._file, etag)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def expect(self, start: int, size: int) -> None:
+        if sys.platform != "darwin":  # which has no such call
+            os.posix_fadvise(self._file, start, size, os.POSIX_FADV_WILLNEED)
+
+    def read(self, start: int, into: memoryview) -> None:
+        with _errors(self._address):
+            _fill(self._file, start, into, self._address)
+            _refuse_change(self._address, self._file, self._etag)
+
+    def close(self) -> None:
+        os.close(self._file)
 
 
 class LocalWriter:
@@ -215,7 +244,7 @@ def _real(path: Path) -> Path:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # the path is resolved; a pipe must not block
+    file = os.open(path, READING)
     try:
         yield file
     finally:
@@ -229,6 +258,12 @@ def _fill(file: int, start: int, into: memoryview, address: str) -> None:
         if count == 0:
             raise ObjectChanged(f"{address} ends at byte {start + done}, before byte {start + len(into)}")
         done += count
+
+
+def _refuse_change(address: str, file: int, etag: str) -> None:
+    found = _info(address, os.fstat(file))
+    if found.etag != etag:
+        raise ObjectChanged(f"{address} has changed: its ETag is {found.etag}, expected {etag}")
 
 
 def _info(address: str, found: os.stat_result) -> ObjectInfo:

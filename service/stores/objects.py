@@ -13,6 +13,7 @@ from service.stores.base import (
     AccessDenied,
     Address,
     BucketDenied,
+    NearObject,
     ObjectChanged,
     ObjectInfo,
     ObjectMissing,
@@ -30,6 +31,7 @@ __all__ = [
     "AccessDenied",
     "Address",
     "BucketDenied",
+    "NearObject",
     "ObjectChanged",
     "ObjectInfo",
     "ObjectMissing",
@@ -77,6 +79,9 @@ class Objects:
 
     def read(self, address: str, start: int, into: memoryview, *, etag: str | None = None) -> None:
         self._store(address).read(address, start, into, etag=etag)
+
+    def near(self, address: str, etag: str) -> NearObject | None:
+        return self._store(address).near(address, etag)
 
     def write(self, address: str, *, media_type: str = "application/octet-stream") -> ObjectWriter:
         return self._store(address).write(address, media_type=media_type)

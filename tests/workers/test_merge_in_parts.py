@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from service.contract.errors import BadTensor
+from service.contract.errors import BadTensor, InputChanged
 from service.contract.recipe import Recipe
 from service.contract.stages import Stage
+from service.stores.objects import failures
 from tests.workers.stage_runs import Run
 from workers import sources, tensors
+from workers.merging import merge_unread
+from workers.tensors import TensorReader
 
 SIZES = {"embedding": (3000, 100), "scale": (100,), "tiny": (3,), "head": (700, 301), "last": (64, 64)}
 
@@ -67,6 +70,45 @@ def test_the_same_bytes_in_parts(
     parts, run = merged(tmp_path, recipe, method)
     assert parts == whole
     assert len(run.done[Stage.MERGE]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", METHODS[:3], ids=lambda method: method["name"])
+def test_the_same_bytes_read_in_spans_and_piece_by_piece(
+    recipe: dict[str, Any],
+    tmp_path: Path,
+    method: dict[str, Any],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for file in tmp_path.glob("*.safetensors"):
+        save(file, {name: t.to(dtype) if t.is_floating_point() else t for name, t in load_file(file).items()})
+    monkeypatch.setattr(sources, "SMALL_BYTES", 1 << 40)
+    in_spans, _ = merged(tmp_path, recipe, method)
+    monkeypatch.setattr(sources, "SMALL_BYTES", 1_000)
+    monkeypatch.setattr(sources, "UNREAD_BYTES", 700_000)
+    monkeypatch.setattr(sources, "ALIGNED", 64)
+    monkeypatch.setattr(tensors, "OPEN_FILES", 2)  # fewer than one tensor takes
+    piece_by_piece, run = merged(tmp_path, recipe, method)
+    assert piece_by_piece == in_spans
+    read = 4 * sum(t.nbytes for t in load_file(tmp_path / "base.safetensors").values()) - 3 * 90_000 * 8
+    assert run.bytes_read[Stage.MERGE] == read
+
+
+def test_a_file_that_changes_before_its_entries_are_read_is_found_out(recipe: dict[str, Any], tmp_path: Path) -> None:
+    asked = Recipe.model_validate({**recipe, "method": {"name": "task_arithmetic"}})
+    run = Run(tmp_path, asked)
+    run.go()
+    work = run.work(Stage.MERGE, 0)
+    plan = work.plan()
+    with TensorReader(work.objects) as reader:
+        found = sources.Sources.open(work, plan, reader).read(work, plan.shards[0])
+        unread = next(each for each in found if each.unread)
+        with (tmp_path / "a.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"!")
+        with pytest.raises(InputChanged, match=r"a\.safetensors has changed"), failures():
+            merge_unread(unread.plan, asked, unread.unread)
 
 
 def test_a_bad_entry_in_the_last_part_names_the_tensor(

@@ -32,6 +32,7 @@ from workers.methods import (
     wudi,
 )
 from workers.pieces import Pieces
+from workers.unread import Unread
 
 __all__ = ["LOOKS", "METHODS", "Context", "heard_of", "merge", "merge_pieces", "pieces_of"]
 
@@ -96,7 +97,7 @@ def heard_of(weights: Sequence[float]) -> list[int]:
     return [k for k, weight in enumerate(weights) if weight]
 
 
-def pieces_of(method: Method, context: Context, sources: Sequence[Tensor], **options: Any) -> Pieces:
+def pieces_of(method: Method, context: Context, sources: Sequence[Tensor | Unread], **options: Any) -> Pieces:
     """A parameter in the pieces that ``method`` merges, one by one. ``options`` are those of ``Pieces``."""
     return Pieces(context, sources, by_rows=method.pieces == "rows", **options)
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from service.contract import artifacts
 from service.contract.parts import Done
 from service.contract.plan import Plan, TensorPlan
+from service.stores.objects import failures
 from workers.baselines import as_asked
 from workers.chosen import as_chosen
 from workers.conflict import Conflict
 from workers.machine import allow_tf32
-from workers.merging import Merged, merge_tensor
+from workers.merging import Merged, merge_tensor, merge_unread
 from workers.sources import Found, Group, Sources
 from workers.tensors import NAMES, TensorReader, TensorWriter, write_artifact
 from workers.work import Work
@@ -73,6 +74,9 @@ def _merge(work: Work, sources: Sources, found: Found) -> tuple[Group, TensorPla
     if tensor.source == "base":
         return group, tensor, Merged(found.base.cpu(), [], {})
     cuts, first = sources.cuts(tensor), group.first
+    if found.unread:
+        with failures():
+            return group, tensor, merge_unread(tensor, work.recipe, found.unread, cuts, first)
     merged = merge_tensor(
         tensor, work.recipe, found.base, found.experts, found.statistics, work.device, cuts, first=first
     )

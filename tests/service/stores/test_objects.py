@@ -128,6 +128,28 @@ def test_a_changed_object_is_not_read(shop: Shop) -> None:
     assert _read(shop.objects, address, 0, 3) == b"THE"
 
 
+def test_a_near_object_is_read_in_pieces_until_it_changes(shop: Shop) -> None:
+    address = _put(shop, "a")
+    etag = shop.objects.head(address).etag
+    near = shop.objects.near(address, etag)
+    if shop.server is not None:
+        assert near is None, "a server is asked in large spans"
+        return
+    assert near is not None
+    near.expect(0, len(FIRST))
+    piece = bytearray(5)
+    near.read(4, memoryview(piece))
+    assert piece == b"quick"
+    with pytest.raises(ObjectChanged):
+        near.read(len(FIRST) - 3, memoryview(piece))
+    _put(shop, "a", FIRST.upper())  # another file under the same name: this one is still what it was
+    near.read(10, memoryview(piece))
+    near.close()
+    assert piece == b"brown"
+    with pytest.raises(ObjectChanged):
+        shop.objects.near(address, etag)
+
+
 def test_a_missing_object_is_said_to_be_missing(shop: Shop) -> None:
     _put(shop, "folder/a")
     for name in ("nope", "folder", "nope/nope", "folder/a/b"):
