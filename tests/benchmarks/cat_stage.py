@@ -26,6 +26,7 @@ from safetensors import safe_open
 from service.contract.plan import Plan, TensorPlan
 from service.contract.stages import Stage
 from service.contract.treatments import Projection, Role
+from tests.benchmarks.processes import become_a_worker
 from tests.benchmarks.quality import Merger, Task
 from workers.stages import RUN
 
@@ -140,6 +141,7 @@ def main() -> None:
     parser.add_argument("--method", type=json.loads, default={"name": "cat"})
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    become_a_worker("tests.benchmarks.cat_stage")
     folders = [folder.resolve() for folder in options.tasks]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()

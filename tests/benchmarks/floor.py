@@ -31,7 +31,7 @@ from typing import Any, Protocol
 from service.contract.settings import Connections
 from service.stores.objects import Objects, ObjectWriter, open_objects
 from tests.benchmarks.one_merge import run_stages
-from tests.benchmarks.processes import environment
+from tests.benchmarks.processes import become_a_worker
 from tests.servers import s3_server
 
 SPAN_BYTES = 16 << 20
@@ -176,10 +176,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--method", type=json.loads, default={"name": "task_arithmetic"})
     options = parser.parse_args()
-    variables = environment()
-    if any(os.environ.get(name) != value for name, value in variables.items()):  # they are read as a process starts
-        command = [sys.executable, "-m", "tests.benchmarks.floor", *sys.argv[1:]]
-        sys.exit(subprocess.run(command, env={**os.environ, **variables}, check=False).returncode)
+    become_a_worker("tests.benchmarks.floor")
     with family(options.folder, options.layers, options.width) as folder, ExitStack() as stack:
         models = [folder / "base", *sorted(path for path in folder.glob("e*") if path.is_dir())]
         compare(models, _place(stack, models, s3=options.s3), options.repeats, options.method)

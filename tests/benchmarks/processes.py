@@ -70,6 +70,13 @@ def environment() -> dict[str, str]:
     return {**ENVIRONMENT, "OMP_NUM_THREADS": str(WorkerSettings.from_environment(os.environ).threads)}
 
 
+def become_a_worker(module: str) -> None:
+    """Run ``python -m module`` anew where this process was not started as a worker is, which can't be made up for."""
+    if any(os.environ.get(name) != value for name, value in environment().items()):
+        command = [sys.executable, "-m", module, *sys.argv[1:]]
+        sys.exit(subprocess.run(command, env={**os.environ, **environment()}, check=False).returncode)
+
+
 def merge_folders(
     base: Path,
     tasks: Sequence[Path],
