@@ -27,10 +27,12 @@ from workers.unread import Unread
 from workers.upload import Uploader
 from workers.work import Work
 
-GROUP_BYTES = 16 << 20  # read and merged at once, from all checkpoints together
+GROUP_BYTES = 16 << 20  # read and merged at once from all checkpoints together, or
+REQUEST_BYTES = 10 << 20  # from each of them, where every read is a request to a server, whose price is in its number
+GROUP_LIMIT_BYTES = 96 << 20
 SMALL_BYTES = 2 << 20  # of all checkpoints together: what is less is read in spans also where files are near
 UNREAD_BYTES = 128 << 20  # merged at once where nothing is read beforehand: the result alone takes memory
-READ_AHEAD_BYTES = 48 << 20  # read while a group is merged
+READ_AHEAD_BYTES = 48 << 20  # read while a group is merged, or one group where that is more
 ALIGNED = 1 << 16  # entries: where tensors may be cut
 SURVEY_LIMIT_BYTES = 256 << 20
 
@@ -109,6 +111,13 @@ class Sources:
         are_near = work.device == "cpu" and reader.are_near((base, *tasks))
         return cls(reader, base, tasks, statistics, _surveys(work, calibrated), are_near)
 
+    @property
+    def group_bytes(self) -> int:
+        """How much is read and merged at once."""
+        if self.are_near:
+            return GROUP_BYTES
+        return max(GROUP_BYTES, min(REQUEST_BYTES * (len(self.tasks) + 1), GROUP_LIMIT_BYTES))
+
     def cuts(self, tensor: TensorPlan) -> list[list[Cut]]:
         """Where each task's largest entries end in one tensor, where the method has asked for it."""
         return [[cut.of(tensor.name) for cut in cuts] for cuts in self.surveys]
@@ -136,7 +145,8 @@ class Sources:
         return Found(group, tensor, torch.empty(0), unread=unread)
 
     def _read(self, work: Work, groups: Sequence[Group]) -> Iterator[Found]:
-        readings = read_ahead(groups, self.start, lambda group: group.nbytes, READ_AHEAD_BYTES)
+        ahead = max(READ_AHEAD_BYTES, self.group_bytes)
+        readings = read_ahead(groups, self.start, lambda group: group.nbytes, ahead)
         for (group, reading), tensors in Uploader(work.device).ahead(readings, lambda item: item[1].tensors()):
             yield from self._found(group, reading, tensors)
 
@@ -172,7 +182,7 @@ class Sources:
         by_name = {tensor.name: tensor for tensor in shard.tensors}
         sizes = [(tensor.name, self.bytes_of(tensor, math.prod(tensor.shape))) for tensor in shard.tensors]
         are_unread = self.are_near and recipe.method.entrywise and not recipe.method.trims
-        limit = SMALL_BYTES if are_unread else GROUP_BYTES
+        limit = SMALL_BYTES if are_unread else self.group_bytes
         for names in batches(sizes, limit):
             group = tuple(by_name[name] for name in names)
             nbytes = sum(self.bytes_of(tensor, math.prod(tensor.shape)) for tensor in group)
@@ -185,7 +195,7 @@ class Sources:
     def _parts(self, tensor: TensorPlan, is_unread: bool) -> Iterator[Group]:
         """Parts of much the same size."""
         total = math.prod(tensor.shape)
-        parts = -(-self.bytes_of(tensor, total) // (UNREAD_BYTES if is_unread else GROUP_BYTES))
+        parts = -(-self.bytes_of(tensor, total) // (UNREAD_BYTES if is_unread else self.group_bytes))
         each = -(-total // (parts * ALIGNED)) * ALIGNED
         for first in range(0, total, each):
             entries = slice(first, min(first + each, total))
