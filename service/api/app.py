@@ -62,21 +62,23 @@ def create_app(connections: Connections, settings: Settings) -> FastAPI:
 def _house(connections: Connections, settings: Settings) -> House:
     database = Database(connections.database_url)
     jobs = JobStore(database)
+    parts = PartStore(database, lease_seconds=connections.lease_seconds, part_attempts=connections.part_attempts)
     return House(
         connections=connections,
         settings=settings,
         database=database,
         objects=open_objects(connections),
         jobs=jobs,
-        parts=PartStore(database, lease_seconds=connections.lease_seconds, part_attempts=connections.part_attempts),
+        parts=parts,
         dispatcher=Dispatcher(connections.broker_url),
-        metrics=Metrics(jobs),
+        metrics=Metrics(jobs, parts),
     )
 
 
 @asynccontextmanager
 async def _open(house: House) -> AsyncIterator[None]:
-    await run_in_threadpool(house.database.migrate)
+    if house.settings.migrate_at_start:
+        await run_in_threadpool(house.database.migrate)
     sweeper = Sweeper(house.parts, house.dispatcher, _rhythm(house.settings))
     sweeper.start()
     try:
