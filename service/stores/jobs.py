@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from service.contract.errors import (
     NotFound,
     OutputExists,
 )
-from service.contract.job import Event, Job, Status
+from service.contract.job import Event, Job, Mark, Status
 from service.contract.recipe import Recipe
 from service.contract.stages import NewPart, PartMessage, Stage
 from service.stores.database import Database, now
@@ -27,6 +27,7 @@ from service.stores.records import ACTIVE, event_of, lock_job, record, views
 from service.stores.schema import events, idempotency_keys, jobs, parts
 
 ID_PREFIX = "mrg_"
+MARKS_AT_ONCE = 1000  # SQLite takes no more than 32,766 parameters
 FIRST_PART = NewPart(Stage.PLAN, 0, "plan", weight=1.0)
 
 
@@ -195,6 +196,20 @@ class JobStore:
             ).all()
             more = len(found) > limit
             return [event_of(event) for event in found[:limit]], more, row.status not in ACTIVE and not more
+
+    def marks(self, job_ids: Collection[str]) -> dict[str, Mark]:
+        """How far the jobs of these ids are, whosever they are; those that are gone are left out."""
+        found: dict[str, Mark] = {}
+        ids = list(job_ids)
+        with self._database.read() as connection:
+            for start in range(0, len(ids), MARKS_AT_ONCE):
+                rows = connection.execute(
+                    select(jobs.c.id, jobs.c.last_seq, jobs.c.status).where(
+                        jobs.c.id.in_(ids[start : start + MARKS_AT_ONCE])
+                    )
+                )
+                found |= {row.id: Mark(last_seq=row.last_seq, has_ended=row.status not in ACTIVE) for row in rows}
+        return found
 
     def counts(self) -> dict[str, int]:
         """How many jobs there are by status."""
