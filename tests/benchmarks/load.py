@@ -157,7 +157,7 @@ def finish_last(parts: PartStore, job_id: str) -> None:
 def fill(postgres: PostgresServer, templates: Mapping[str, str], start: int, end: int) -> None:
     """Copy the templates with their parts and events until there are so many.
 
-    One in ten is queued, one in a hundred failed; they were created a second apart; one in 20,000 is of the team "rare".
+    One in ten is queued, one in a hundred failed, one in 20,000 is of the team "rare"; they are a second apart.
     """
     if end == start:
         return
