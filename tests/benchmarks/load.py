@@ -181,16 +181,16 @@ from generate_series(%(start)s + 1, %(end)s) n,
      lateral (select floor(extract(epoch from now()) * 1000)::bigint - 1000 * (200000 - n) as ms) moment
 """
 COPY_JOBS = """
-insert into jobs select (jsonb_populate_record(template, jsonb_build_object(
+insert into jobs select (jsonb_populate_record(sample, jsonb_build_object(
     'id', copies.id, 'prefix', 's3://merged/' || copies.id || '/', 'created_at', copies.at, 'queued_at', copies.at,
-    'status', case when copies.n %% 100 = 1 then 'failed' else template.status end,
+    'status', case when copies.n %% 100 = 1 then 'failed' else sample.status end,
     'metadata', jsonb_build_object('team', case copies.n %% 20000 when 7 then 'rare' else 'team ' || copies.n %% 10 end)
 ))).*
-from copies, jobs template where template.id = %(template)s and copies.template = %(state)s
+from copies, jobs sample where sample.id = %(template)s and copies.template = %(state)s
 """
 COPY_ROWS = """
-insert into rows select (jsonb_populate_record(template, jsonb_build_object('job_id', copies.id))).*
-from copies, rows template where template.job_id = %(template)s and copies.template = %(state)s
+insert into rows select (jsonb_populate_record(sample, jsonb_build_object('job_id', copies.id))).*
+from copies, rows sample where sample.job_id = %(template)s and copies.template = %(state)s
 """
 
 
