@@ -40,7 +40,7 @@ from service.stores.database import Database
 from service.stores.parts import PartStore
 from tests.benchmarks import spread
 from tests.benchmarks.tables import heading, milliseconds, row
-from tests.end_to_end.stack import Program, Stack, open_stack
+from tests.end_to_end.stack import Stack, open_stack
 from tests.servers import PostgresServer, postgres_server, redis_server
 from tests.service.jobs_by_hand import claim, merges, plan
 
@@ -249,10 +249,9 @@ async def follow_all(stack: Stack, jobs: Sequence[str], count: int) -> None:
     streams = await asyncio.gather(*(opened(place.port or 0, jobs[i % len(jobs)], gate) for i in range(count)))
     heading("", f"{count:,} streams")
     row("all have had their first event after", f"{time.perf_counter() - start:.1f} s")
-    pid = await asyncio.to_thread(pid_of, stack.api)
-    used, since = processor_seconds(pid), time.perf_counter()
+    used, since = processor_seconds(stack.api.pid), time.perf_counter()
     await asyncio.sleep(5)
-    share = (processor_seconds(pid) - used) / (time.perf_counter() - since)
+    share = (processor_seconds(stack.api.pid) - used) / (time.perf_counter() - since)
     row("processor that the API takes while nothing happens", f"{100 * share:.0f} %")
     caller = Caller(stack.url)
     row("get meanwhile", milliseconds(await asyncio.to_thread(caller.seconds, 60, "GET", f"/v1/merges/{jobs[0]}")))
@@ -282,13 +281,7 @@ async def told(reader: asyncio.StreamReader) -> float:
     return time.perf_counter()
 
 
-def pid_of(program: Program) -> int:
-    process = program._process
-    assert process is not None
-    return process.pid
-
-
-def processor_seconds(pid: int) -> float:
+def processor_seconds(pid: int | None) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
