@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 
 from celery import Celery
@@ -18,6 +19,10 @@ logger = logging.getLogger(__name__)
 BRIEFLY = {"max_retries": 0, "socket_timeout": 2.0}
 
 
+# A broker that hangs costs whoever rings the whole timeout: after that, nobody tries for a while. The sweeper will.
+PAUSE_SECONDS = 5.0
+
+
 class Dispatcher:
     """A send-only client of the broker."""
 
@@ -25,14 +30,18 @@ class Dispatcher:
         self._app = Celery("catmerge", broker=broker_url, set_as_current=False)
         options = {**BROKER_SETTINGS["broker_transport_options"], **BRIEFLY}
         self._app.conf.update({**BROKER_SETTINGS, "broker_transport_options": options})
+        self._silent_until = 0.0
 
     def ring(self, messages: Sequence[PartMessage]) -> list[PartMessage]:
         """Send messages in order; returns those that the broker did not take. A broker that is down is no error."""
+        if time.monotonic() < self._silent_until:
+            return list(messages)
         for position, message in enumerate(messages):
             try:
                 self._send(message)
             except (KombuError, RedisError, OSError) as error:
                 logger.warning("The broker takes no messages (%s); the sweeper will ring again", error)
+                self._silent_until = time.monotonic() + PAUSE_SECONDS
                 return list(messages[position:])
         return []
 

@@ -101,7 +101,7 @@ def check_database(url: str) -> Check:
                 "database",
                 State.BROKEN,
                 "answers, but its schema is not this version's",
-                "start the API of this version: it brings the schema up to date",
+                "start the API of this version, or run catmerge migrate: they bring the schema up to date",
             )
         with database.write() as connection:  # a transaction that may only read refuses this
             connection.execute(delete(idempotency_keys).where(idempotency_keys.c.key == secrets.token_hex(16)))

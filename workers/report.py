@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -112,6 +113,12 @@ def render_html(report: Mapping[str, Any]) -> str:
 
 def render_card(report: Mapping[str, Any]) -> str:
     """The model card: README.md with the metadata that model hubs read."""
+    return _environment().get_template("card.md").render(report=report)
+
+
+@cache
+def _environment() -> Environment:
+    """Made once: compiling a template takes longer than many a merge."""
     environment = Environment(
         loader=PackageLoader("workers"),
         autoescape=select_autoescape(["html"]),
@@ -124,4 +131,4 @@ def render_card(report: Mapping[str, Any]) -> str:
     environment.filters["score"] = figures.score
     environment.filters["figure"] = figures.figure
     environment.filters["metric_of"] = metric_of
-    return environment.get_template("card.md").render(report=report)
+    return environment

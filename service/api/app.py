@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -13,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api import artifacts, catalogue, events, health, merges, problems, schema, trim_log
 from service.api.deps import House, plain_parameters
+from service.api.lookout import Lookout
 from service.api.metrics import Metrics
 from service.api.watch import Watch
 from service.contract.settings import Connections
@@ -62,27 +65,34 @@ def create_app(connections: Connections, settings: Settings) -> FastAPI:
 def _house(connections: Connections, settings: Settings) -> House:
     database = Database(connections.database_url)
     jobs = JobStore(database)
+    closing = threading.Event()
+    parts = PartStore(database, lease_seconds=connections.lease_seconds, part_attempts=connections.part_attempts)
     return House(
         connections=connections,
         settings=settings,
         database=database,
         objects=open_objects(connections),
         jobs=jobs,
-        parts=PartStore(database, lease_seconds=connections.lease_seconds, part_attempts=connections.part_attempts),
+        parts=parts,
         dispatcher=Dispatcher(connections.broker_url),
-        metrics=Metrics(jobs),
+        metrics=Metrics(jobs, parts),
+        closing=closing,
+        lookout=Lookout(jobs.marks, closing),
     )
 
 
 @asynccontextmanager
 async def _open(house: House) -> AsyncIterator[None]:
-    await run_in_threadpool(house.database.migrate)
+    if house.settings.migrate_at_start:
+        await run_in_threadpool(house.database.migrate)
     sweeper = Sweeper(house.parts, house.dispatcher, _rhythm(house.settings))
     sweeper.start()
+    lookout = asyncio.create_task(house.lookout.watch())
     try:
         yield
     finally:
         house.closing.set()
+        await lookout
         await run_in_threadpool(sweeper.stop)
         house.dispatcher.close()
         house.database.close()

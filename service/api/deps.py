@@ -10,6 +10,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.api.lookout import Lookout
 from service.api.metrics import Metrics
 from service.contract.errors import IdempotencyInProgress, InvalidParameter
 from service.contract.settings import Connections
@@ -61,8 +62,9 @@ class House:
     parts: PartStore
     dispatcher: Dispatcher
     metrics: Metrics
+    closing: threading.Event
+    lookout: Lookout
     in_flight: InFlight = field(default_factory=InFlight)
-    closing: threading.Event = field(default_factory=threading.Event)
 
     @property
     def rooms(self) -> Rooms:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -25,7 +23,6 @@ router = APIRouter(prefix="/v1", tags=["events"])
 logger = logging.getLogger(__name__)
 
 STREAM = "text/event-stream"
-POLL_SECONDS = 0.25
 HEARTBEAT_SECONDS = 15.0
 BATCH = 200
 MAX_SEQ = 2**31 - 1
@@ -68,26 +65,22 @@ async def _open(request: Request, job_id: str, query: EventQuery, doors: House, 
 
 
 async def _stream(job_id: str, after: int, doors: House, caller: str) -> AsyncIterator[str]:
-    """Events as they come. No thread is held between two looks; the end comes with the job's or the service's."""
-    silent_since = time.monotonic()
+    """Events as they come. Nothing is held between two; the end comes with the job's or the service's."""
     yield ": follow\n\n"
-    while not doors.closing.is_set():
-        try:
-            events, _, has_ended = await run_in_threadpool(doors.jobs.events, caller, job_id, after, BATCH)
-        except (NotFound, SQLAlchemyError) as error:  # deleted, or the database is away: the reader comes again
-            logger.info("The event stream of %s ends: %s", job_id, error)
-            return
-        for event in events:
-            yield _message(event)
-            after = event.seq
-        if has_ended:
-            return
-        if events:
-            silent_since = time.monotonic()
-        elif time.monotonic() - silent_since >= HEARTBEAT_SECONDS:
-            yield ": still here\n\n"
-            silent_since = time.monotonic()
-        await asyncio.sleep(POLL_SECONDS)
+    with doors.lookout.follow(job_id) as follower:
+        while not doors.closing.is_set():
+            try:
+                events, more, has_ended = await run_in_threadpool(doors.jobs.events, caller, job_id, after, BATCH)
+            except (NotFound, SQLAlchemyError) as error:  # deleted, or the database is away: the reader comes again
+                logger.info("The event stream of %s ends: %s", job_id, error)
+                return
+            for event in events:
+                yield _message(event)
+                after = event.seq
+            if has_ended:
+                return
+            while not more and not await follower.news(HEARTBEAT_SECONDS):
+                yield ": still here\n\n"
 
 
 def _message(event: Event) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -234,7 +235,8 @@ async def _answer_waited(request: Request, job: Job, doors: House, caller: str, 
     seconds = wait_seconds(request)
     if seconds is None:
         return _conditional(request, job, doors, status)
-    ended = await until_ended(lambda: doors.jobs.get(caller, job.id), seconds, request, doors.closing)
+    look = partial(doors.jobs.get, caller, job.id)
+    ended = await until_ended(job.id, look, seconds, request, doors.lookout, doors.closing)
     answer = _conditional(request, ended, doors, status)
     answer.headers["Preference-Applied"] = f"wait={seconds}"
     return answer

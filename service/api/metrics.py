@@ -1,4 +1,4 @@
-"""What Prometheus may know: requests by route, jobs by status, and whether the database answers."""
+"""What Prometheus may know: requests by route, jobs by status, parts by queue, and whether the database answers."""
 
 from __future__ import annotations
 
@@ -19,41 +19,44 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.contract.job import Status
 from service.stores.jobs import JobStore
+from service.stores.parts import PartStore
 
 
-class JobsByStatus(Collector):
-    """Counts the jobs when they are asked for."""
+class Counted(Collector):
+    """Counts jobs and parts when they are asked for."""
 
-    def __init__(self, jobs: JobStore) -> None:
+    def __init__(self, jobs: JobStore, parts: PartStore) -> None:
         self._jobs = jobs
+        self._parts = parts
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        up = GaugeMetricFamily("catmerge_database_up", "Whether the database answers")
+        up, jobs, parts = self.describe()
         try:
-            counts = self._jobs.counts()
+            by_status, by_queue = self._jobs.counts(), self._parts.counts()
         except SQLAlchemyError:  # the other metrics are wanted most when the database is away
             up.add_metric([], 0)
             yield up
             return
         up.add_metric([], 1)
-        yield up
-        jobs = GaugeMetricFamily("catmerge_jobs", "Merges by status", labels=["status"])
         for status in Status:
-            jobs.add_metric([status.value], counts.get(status.value, 0))
-        yield jobs
+            jobs.add_metric([status.value], by_status.get(status.value, 0))
+        for (queue, state), count in by_queue.items():
+            parts.add_metric([queue.value.removeprefix("catmerge."), state], count)
+        yield from (up, jobs, parts)
 
     def describe(self) -> Iterator[GaugeMetricFamily]:
         """Named without asking the database: registering must not depend on it."""
         yield GaugeMetricFamily("catmerge_database_up", "Whether the database answers")
         yield GaugeMetricFamily("catmerge_jobs", "Merges by status", labels=["status"])
+        yield GaugeMetricFamily("catmerge_parts", "Parts that a worker may take, or has", labels=["queue", "state"])
 
 
 class Metrics:
     """One application's metrics, apart from those of any other in the process."""
 
-    def __init__(self, jobs: JobStore) -> None:
+    def __init__(self, jobs: JobStore, parts: PartStore) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(JobsByStatus(jobs))
+        self._registry.register(Counted(jobs, parts))
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         GCCollector(registry=self._registry)

@@ -22,7 +22,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (house.up, house.doctor, *jobs.COMMANDS, *reports.COMMANDS, house.calibrate, house.version):
+for command in (
+    house.up,
+    house.doctor,
+    house.migrate,
+    *jobs.COMMANDS,
+    *reports.COMMANDS,
+    house.calibrate,
+    house.version,
+):
     app.command()(command)
 
 

@@ -74,6 +74,21 @@ def doctor(context: typer.Context, data: DataFolder = DATA, as_json: Json = Fals
         raise typer.Exit(REFUSED)
 
 
+def migrate(as_json: Json = False) -> None:
+    """Bring the database that CATMERGE_DATABASE_URL names up to this version's schema.
+
+    The API does so by itself when it starts, unless CATMERGE_MIGRATE_AT_START is false.
+    """
+    from service.contract.settings import Connections
+
+    with answering(as_json):
+        revision = _migrated(Connections.from_environment(os.environ).database_url)
+    if as_json:
+        print_json({"revision": revision})
+    else:
+        out.print(f"The schema is up to date: revision {revision}.")
+
+
 def calibrate(
     checkpoint: Annotated[Path, typer.Option(metavar="DIR", help="The fine-tuned checkpoint's folder.")],
     exemplars: Annotated[Path, typer.Option(metavar="FILE", help="A .safetensors file of unlabeled model inputs.")],
@@ -105,6 +120,22 @@ def version(as_json: Json = False) -> None:
         print_json({"version": number})
     else:
         out.print(f"catmerge {number}")
+
+
+def _migrated(url: str) -> str | None:
+    """The revision that the schema is at now. Raises Refused."""
+    from sqlalchemy.exc import DBAPIError  # loads slowly: only where needed
+
+    from service.stores.database import Database
+
+    database = Database(url)
+    try:
+        database.migrate()
+        return database.revision()
+    except DBAPIError as error:
+        raise Refused(f"The database can't be migrated: {str(error.orig).strip()}") from None
+    finally:
+        database.close()
 
 
 def _last_line(text: str) -> str:

@@ -96,6 +96,13 @@ class Job(Frozen):
     expires_at: float | None
 
 
+class Mark(Frozen):
+    """How far a job is, in short: the number of its last event, and whether it has ended."""
+
+    last_seq: int
+    has_ended: bool
+
+
 class Event(Frozen):
     """One line of a job's history; ``seq`` counts from 1 without gaps."""
 

@@ -83,9 +83,12 @@ class Database:
 
     def is_current(self) -> bool:
         """Whether the schema is the one this code was written for."""
-        head = ScriptDirectory(str(MIGRATIONS)).get_current_head()
+        return self.revision() == ScriptDirectory(str(MIGRATIONS)).get_current_head()
+
+    def revision(self) -> str | None:
+        """The schema's revision; None where there is none yet."""
         with self.read() as connection:
-            return MigrationContext.configure(connection).get_current_revision() == head
+            return MigrationContext.configure(connection).get_current_revision()
 
     def close(self) -> None:
         self.engine.dispose()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, literal, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, func, or_, select
 
 from service.contract.errors import (
     Blame,
@@ -18,15 +18,17 @@ from service.contract.errors import (
     NotFound,
     OutputExists,
 )
-from service.contract.job import Event, Job, Status
+from service.contract.job import Event, Job, Mark, Status
 from service.contract.recipe import Recipe
 from service.contract.stages import NewPart, PartMessage, Stage
 from service.stores.database import Database, now
 from service.stores.parts import ask_for, ready_messages, reopen, withdraw
 from service.stores.records import ACTIVE, event_of, lock_job, record, views
-from service.stores.schema import events, idempotency_keys, jobs, parts
+from service.stores.schema import events, idempotency_keys, jobs, labels, parts
 
 ID_PREFIX = "mrg_"
+LAST_CHARACTER = "\U0010ffff"
+MARKS_AT_ONCE = 1000  # SQLite takes no more than 32,766 parameters
 FIRST_PART = NewPart(Stage.PLAN, 0, "plan", weight=1.0)
 
 
@@ -185,8 +187,9 @@ class JobStore:
 
     def events(self, caller: str, job_id: str, after: int, limit: int) -> tuple[list[Event], bool, bool]:
         """Events with numbers above ``after``; whether there are more; and whether no further event will come."""
+        looked_at: Select[Any] = select(jobs.c.caller, jobs.c.status).where(jobs.c.id == job_id)
         with self._database.read() as connection:
-            row = _own(connection.execute(select(jobs).where(jobs.c.id == job_id)).one_or_none(), caller, job_id)
+            row = _own(connection.execute(looked_at).one_or_none(), caller, job_id)
             found = connection.execute(
                 select(events)
                 .where(events.c.job_id == job_id, events.c.seq > after)
@@ -195,6 +198,20 @@ class JobStore:
             ).all()
             more = len(found) > limit
             return [event_of(event) for event in found[:limit]], more, row.status not in ACTIVE and not more
+
+    def marks(self, job_ids: Collection[str]) -> dict[str, Mark]:
+        """How far the jobs of these ids are, whosever they are; those that are gone are left out."""
+        found: dict[str, Mark] = {}
+        ids = list(job_ids)
+        with self._database.read() as connection:
+            for start in range(0, len(ids), MARKS_AT_ONCE):
+                rows = connection.execute(
+                    select(jobs.c.id, jobs.c.last_seq, jobs.c.status).where(
+                        jobs.c.id.in_(ids[start : start + MARKS_AT_ONCE])
+                    )
+                )
+                found |= {row.id: Mark(last_seq=row.last_seq, has_ended=row.status not in ACTIVE) for row in rows}
+        return found
 
     def counts(self) -> dict[str, int]:
         """How many jobs there are by status."""
@@ -276,15 +293,12 @@ def _overtaken(connection: Connection, job_id: str, prefix: str, queued_at: floa
 
 
 def _overlaps(prefix: str) -> ColumnElement[bool]:
-    """Whether a job's folder is this one, above it or below it.
+    """Whether a job's folder is this one, above it or below it, found by index.
 
     Not by LIKE: to SQLite's, letter case makes no difference, and to both the underscore of a folder is a wildcard.
     """
-    length = len(prefix)
-    return or_(
-        func.substr(jobs.c.prefix, 1, length) == prefix,
-        func.substr(literal(prefix), 1, func.length(jobs.c.prefix)) == jobs.c.prefix,
-    )
+    above = [prefix[: end + 1] for end, character in enumerate(prefix) if character == "/"]
+    return or_(jobs.c.prefix.in_(above), and_(jobs.c.prefix >= prefix, jobs.c.prefix < prefix + LAST_CHARACTER))
 
 
 def _new_row(job_id: str, prefix: str, submission: Submission) -> dict[str, Any]:
@@ -328,14 +342,21 @@ def _listed(listing: Listing, is_sqlite: bool) -> Select[Any]:
     if listing.status is not None:
         query = query.where(jobs.c.status == listing.status.value)
     if listing.created_after is not None:
-        query = query.where(jobs.c.created_at > listing.created_after)
+        since = listing.created_after
+        query = query.where(jobs.c.created_at > since, jobs.c.id > _older_than(since))
     for name, value in listing.metadata.items():
         query = query.where(_labeled(name, value, is_sqlite))
     return query.order_by(jobs.c.id if listing.ascending else jobs.c.id.desc()).limit(listing.limit + 1)
+
+
+def _older_than(moment: float) -> str:
+    """An id below those of all jobs created since: ids are in the order of creation, and this one is an hour early."""
+    milliseconds = int(max(moment - 3600.0, 0.0) * 1000)
+    return f"{ID_PREFIX}{milliseconds << 80:032x}"
 
 
 def _labeled(name: str, value: str, is_sqlite: bool) -> Any:
     if is_sqlite:  # json_each takes any key as it is, where a JSON path would have to quote it
         entry = func.json_each(jobs.c.metadata).table_valued("key", "value")
         return select(entry.c.key).where(entry.c.key == name, entry.c.value == value).exists()
-    return jobs.c.metadata.op("->>")(name) == value
+    return labels.contains({name: value})

@@ -21,6 +21,7 @@ from service.stores.schema import idempotency_keys, jobs, leaders, parts
 
 BACKOFF_SECONDS = 2.0
 BACKOFF_LIMIT_SECONDS = 60.0
+OPEN = {"ready": "queued", "claimed": "running"}  # states of parts that there is work for, and their names in metrics
 RESEND_WINDOW = 64  # parts of each queue that are sent again where their messages may be lost
 
 
@@ -148,6 +149,19 @@ class PartStore:
                 select(func.sum(parts.c.bytes_read), func.sum(parts.c.bytes_written)).where(parts.c.job_id == job_id)
             ).one()
             return SoFar(job[0], job[1] or job[2], job[2], int(moved[0] or 0), int(moved[1] or 0))
+
+    def counts(self) -> dict[tuple[Queue, str], int]:
+        """How many parts of each queue may be claimed (``queued``), and how many are claimed (``running``)."""
+        counted = dict.fromkeys(((queue, word) for queue in Queue for word in OPEN.values()), 0)
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(parts.c.stage, parts.c.state, func.count())
+                .where(parts.c.state.in_(OPEN))
+                .group_by(parts.c.stage, parts.c.state)
+            )
+            for stage, state, count in rows:
+                counted[STAGES[Stage(stage)].queue, OPEN[state]] += count
+        return counted
 
     def elect(self, duty: str, owner: str, seconds: float) -> bool:
         """Whether ``owner`` has the duty for the next ``seconds``: one sweeps, and another takes over if it dies."""

@@ -16,7 +16,9 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    cast,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 
 metadata = MetaData(
     naming_convention={
@@ -25,6 +27,8 @@ metadata = MetaData(
         "fk": "fk_%(table_name)s",
     }
 )
+
+FOLDER = Text().with_variant(Text(collation="C"), "postgresql")  # by bytes: what lies below a folder is a range
 
 jobs = Table(
     "jobs",
@@ -36,7 +40,7 @@ jobs = Table(
     Column("recipe", JSON, nullable=False),
     Column("recipe_sha256", String(64), nullable=False),
     Column("metadata", JSON, nullable=False),
-    Column("prefix", Text, nullable=False),
+    Column("prefix", FOLDER, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("version", Integer, nullable=False),
     Column("last_seq", Integer, nullable=False),
@@ -53,6 +57,12 @@ jobs = Table(
     Index(None, "status", "id"),
     Index(None, "prefix"),
 )
+
+# On PostgreSQL the jobs with a label are found by index; SQLite looks at each.
+labels = cast(jobs.c.metadata, JSONB)
+Index(
+    "ix_jobs_labels", labels.label("labels"), postgresql_using="gin", postgresql_ops={"labels": "jsonb_path_ops"}
+).ddl_if(dialect="postgresql")
 
 parts = Table(
     "parts",

@@ -43,6 +43,11 @@ class Program:
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def pid(self) -> int | None:
+        """Its process id while it runs, which is that of its group too."""
+        return self._process.pid if self._process else None
+
     def start(self) -> None:
         """Start, with the promise that it does not outlive this process."""
         guard = [sys.executable, "-I", "-S", "-c", LAUNCH, str(os.getpid()), str(int(signal.SIGKILL)), "-1", "-1"]

@@ -17,6 +17,7 @@ from service.contract.errors import BadTensor
 from service.contract.job import Status
 from service.contract.parts import Counters, Done
 from service.contract.stages import PartMessage, Stage
+from service.stores.database import Database
 from tests.servers import free_port
 from tests.service.front import Front, checkpoint, open_front, recipe
 
@@ -230,3 +231,23 @@ def test_calibrate_needs_what_it_needs(tmp_path: Path, monkeypatch: pytest.Monke
 def test_version() -> None:
     assert CliRunner().invoke(app, ["version"]).stdout.startswith("catmerge ")
     assert "version" in json.loads(CliRunner().invoke(app, ["version", "--json"]).stdout)
+
+
+def test_migrate_brings_the_schema_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path / 'jobs.db'}"
+    monkeypatch.setenv("CATMERGE_DATABASE_URL", url)
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["migrate", "--json"])
+        assert result.exit_code == 0, result.output
+    database = Database(url)
+    assert database.is_current()
+    assert json.loads(result.stdout) == {"revision": database.revision()}
+    database.close()
+
+
+def test_migrate_says_when_the_database_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CATMERGE_DATABASE_URL", f"postgresql://catmerge:hidden@127.0.0.1:{free_port()}/catmerge")
+    result = CliRunner().invoke(app, ["migrate"])
+    assert result.exit_code == 1
+    assert "can't be migrated" in result.stderr
+    assert "hidden" not in result.output

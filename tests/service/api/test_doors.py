@@ -155,6 +155,14 @@ def test_a_database_that_goes_away(tmp_path: Path) -> None:
         opened.__exit__(None, None, None)
 
 
+def test_an_api_that_may_not_migrate_is_ready_when_somebody_did(tmp_path: Path) -> None:
+    with open_front(tmp_path, migrate_at_start=False) as front:
+        problem = refused(front.http.get("/readyz"), 503, "store_unavailable")
+        assert problem["checks"]["database"] == "its schema is not this version's"
+        front.house.database.migrate()
+        assert front.http.get("/readyz").status_code == 200
+
+
 def test_a_fault_of_ours_is_told_without_its_trace(front: Front, caplog: pytest.LogCaptureFixture) -> None:
     job = front.submit()
     with front.house.database.write() as connection:
@@ -201,6 +209,8 @@ def test_requests_and_merges_are_counted(front: Front) -> None:
     text = front.http.get("/metrics").text
     assert 'catmerge_jobs{status="queued"} 1.0' in text
     assert 'catmerge_jobs{status="failed"} 0.0' in text
+    assert 'catmerge_parts{queue="light",state="queued"} 1.0' in text
+    assert 'catmerge_parts{queue="heavy",state="running"} 0.0' in text
     assert 'catmerge_http_requests_total{method="POST",route="/v1/merges",status="202"} 1.0' in text
     assert 'route="/v1/merges/{job_id}",status="200"} 1.0' in text
     assert 'route="unmatched",status="404"} 1.0' in text

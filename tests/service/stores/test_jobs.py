@@ -18,9 +18,9 @@ from service.contract.errors import (
     PreconditionFailed,
     StorageFailure,
 )
-from service.contract.job import Event, Job, Status
+from service.contract.job import Event, Job, Mark, Status
 from service.contract.parts import Counters, Done
-from service.contract.stages import PartMessage, Stage
+from service.contract.stages import PartMessage, Queue, Stage
 from service.stores.database import Database
 from service.stores.jobs import IdempotencyKey, JobStore, KeptAnswer, Listing
 from service.stores.parts import PartStore
@@ -390,3 +390,26 @@ def push_back(database: Database, job_id: str, column: str, seconds: float) -> N
     """Let time pass for one job."""
     with database.write() as connection:
         connection.execute(update(table).where(table.c.id == job_id).values({column: table.c[column] - seconds}))
+
+
+def test_marks_tell_how_far_jobs_are(jobs: JobStore, parts: PartStore) -> None:
+    ended, waiting = submit(jobs, caller="me"), submit(jobs, caller="you")
+    finish(parts, ended.id)
+    last = jobs.events("me", ended.id, 0, 100)[0][-1].seq
+    marks = jobs.marks({ended.id, waiting.id, "mrg_gone"})
+    assert marks == {ended.id: Mark(last_seq=last, has_ended=True), waiting.id: Mark(last_seq=1, has_ended=False)}
+    assert jobs.marks([f"mrg_{n}" for n in range(2500)] + [waiting.id]).keys() == {waiting.id}
+    assert jobs.marks([]) == {}
+
+
+def test_counts_of_parts_go_with_their_states(jobs: JobStore, parts: PartStore) -> None:
+    job = submit(jobs)
+    assert parts.counts()[Queue.LIGHT, "queued"] == 1
+    plan(parts, job.id, *merges(3))
+    claim(parts, job.id, Stage.MERGE)
+    assert parts.counts() == {
+        (Queue.LIGHT, "queued"): 0,
+        (Queue.LIGHT, "running"): 0,
+        (Queue.HEAVY, "queued"): 2,
+        (Queue.HEAVY, "running"): 1,
+    }
