@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 from service.admission import (
     READERS,
@@ -29,6 +30,15 @@ from service.stores.objects import Objects
 Equipped = dict[tuple[str, str], Checkpoint]
 
 
+@dataclass(frozen=True)
+class Opened:
+    """One model: its checkpoint by name, the same with each task's head, and what there is to warn of."""
+
+    whole: Mapping[str, Checkpoint] = field(default_factory=dict)
+    equipped: Equipped = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+
+
 def admit_evaluation(recipe: EvaluationRecipe, objects: Objects) -> Plan:
     """Look at everything a recipe names, and return the plan.
 
@@ -44,13 +54,14 @@ def admit_evaluation(recipe: EvaluationRecipe, objects: Objects) -> Plan:
     with ThreadPoolExecutor(READERS) as pool:
         heads = dict(zip(files, pool.map(lambda at: read_head(objects, at, files[at], faults), files), strict=True))
         opened = list(pool.map(lambda at: _open(recipe, at, base, objects, faults), range(len(recipe.models))))
-    equipped = {key: checkpoint for models, _ in opened for key, checkpoint in models.items()}
-    warnings = [warning for _, warnings in opened for warning in warnings]
+    equipped = {key: checkpoint for found in opened for key, checkpoint in found.equipped.items()}
+    wholes = {name: checkpoint for found in opened for name, checkpoint in found.whole.items()}
+    warnings = [warning for found in opened for warning in found.warnings]
     faults += _model_faults(recipe, equipped)
     faults += _sample_faults(recipe, base, equipped, heads)
     if faults:
         raise refusal_of(faults)
-    return evaluation_plan(output.prefix or "", base, equipped, {}, warnings)
+    return evaluation_plan(output.prefix or "", base, wholes, equipped, {}, warnings)
 
 
 def evaluation_files(recipe: EvaluationRecipe) -> dict[str, str]:
@@ -84,11 +95,11 @@ def _open_base(recipe: EvaluationRecipe, objects: Objects, faults: list[Fault]) 
 
 def _open(
     recipe: EvaluationRecipe, place: int, base: Checkpoint | None, objects: Objects, faults: list[Fault]
-) -> tuple[Equipped, list[str]]:
-    """A model as it is measured on each of its tasks, and what there is to warn of."""
+) -> Opened:
+    """A model as it is measured on each of its tasks; what can't be read becomes a fault."""
     model, pointer = recipe.models[place], f"/models/{place}"
     if base is None and recipe.base is not None:  # what is wrong with it is said there
-        return {}, []
+        return Opened()
     with collecting(faults, f"{pointer}/checkpoint"):
         objects.check(model.checkpoint)
         whole = read_whole(objects, model, base)
@@ -96,8 +107,8 @@ def _open(
             objects.check(model.heads or model.checkpoint)
             heads, tasks = find_heads(objects, model), measured_tasks(recipe, model)
             equipped = {(model.name, task): with_head(objects, whole, heads, task) for task in tasks}
-            return equipped, lacking(model, heads, tasks)
-    return {}, []
+            return Opened({model.name: whole}, equipped, lacking(model, heads, tasks))
+    return Opened()
 
 
 def _model_faults(recipe: EvaluationRecipe, equipped: Equipped) -> list[Fault]:

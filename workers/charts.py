@@ -69,6 +69,23 @@ def quality_charts(metrics: Mapping[str, Any], gates: Sequence[Mapping[str, Any]
         yield _scores(metric, rows)
 
 
+def evaluation_charts(metrics: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
+    """The same of an evaluation by itself: what models keep of their reference's scores, and all scores."""
+    several = sum(not model["reference"] for model in metrics["models"].values()) > 1
+    kept = {
+        f"{name} ({model})" if several else name: {**row, "intervals": {"retention": row["retention_interval"]}}
+        for name, task in metrics["tasks"].items()
+        for model, row in task["models"].items()
+    }
+    if any(row["retention"] is not None for row in kept.values()):
+        yield _retention(kept, gates)
+    by_metric: dict[str, dict[str, Any]] = {}
+    for name, row in metrics["tasks"].items():
+        by_metric.setdefault(metric_of(row), {})[name] = row
+    for metric, rows in by_metric.items():
+        yield _scores(metric, rows)
+
+
 def layer_charts(layers: Mapping[str, Any]) -> Iterator[Chart]:
     """Energy removed, conflict before and after, and the eigenvalues behind it."""
     yield _energy(layers)
@@ -106,7 +123,9 @@ def metric_of(row: Mapping[str, Any]) -> str:
 
 
 def models_of(row: Mapping[str, Any]) -> dict[str, tuple[float | None, Sequence[float] | None]]:
-    """Score and interval of every model on one task: base, expert, the baselines, merged."""
+    """Score and interval of every model on one task: base, expert, the baselines, merged; or those of an evaluation."""
+    if "models" in row:
+        return {name: (found["score"], found["interval"]) for name, found in row["models"].items()}
     intervals = row.get("intervals") or {}
     baselines = {name: (found["score"], found.get("interval")) for name, found in (row.get("baselines") or {}).items()}
     own = {name: (row[name], intervals.get(name)) for name in MODELS}

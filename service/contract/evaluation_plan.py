@@ -16,17 +16,21 @@ Equipped = Mapping[tuple[str, str], Checkpoint]  # by model and task
 def evaluation_plan(
     prefix: str,
     base: Checkpoint | None,
+    wholes: Mapping[str, Checkpoint],
     equipped: Equipped,
     samples: Mapping[str, CheckpointFile],
     warnings: Sequence[str] = (),
 ) -> Plan:
     """The plan of an evaluation whose checkpoints fit their samples; nothing is merged, so it has no shards.
 
-    ``equipped`` are the models as they are measured, each with its task's head. ``samples`` are the recipe's other
-    inputs by what they are: ``labeled:<task>``, ``head:<task>``.
+    ``wholes`` are the checkpoints of the models by name, ``equipped`` the same as they are measured, each with its
+    task's head. ``samples`` are the recipe's other inputs by what they are: ``labeled:<task>``, ``head:<task>``.
     """
     pinned: dict[str, tuple[Pinned, ...]] = {"base": _pins(base.files)} if base is not None else {}
-    pinned |= {input_of(model, task): _pins(checkpoint.files) for (model, task), checkpoint in equipped.items()}
+    pinned |= {f"model:{name}": _pins(checkpoint.files) for name, checkpoint in wholes.items()}
+    for (model, task), checkpoint in equipped.items():
+        added = checkpoint.files[len(wholes[model].files) :]
+        pinned |= {f"head:{model}:{task}": _pins(added)} if added else {}
     pinned |= {name: (pin(file),) for name, file in samples.items()}
     return Plan(
         prefix=prefix,
@@ -42,9 +46,9 @@ def evaluation_plan(
     )
 
 
-def input_of(model: str, task: str) -> str:
-    """What the plan calls the files of a model as it is measured on a task."""
-    return f"model:{model}:{task}"
+def inputs_of(model: str, task: str) -> tuple[str, str]:
+    """What the plan calls the files of a model as it is measured on a task: its own, and the head's if there is one."""
+    return f"model:{model}", f"head:{model}:{task}"
 
 
 def evaluation_samples(recipe: EvaluationRecipe) -> dict[str, str]:
