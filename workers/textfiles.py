@@ -23,8 +23,8 @@ from service.contract.metrics import Kind
 from service.contract.samples import LABELS
 from service.contract.textfiles import Sample, TextFault, class_numbers, holds_tokenizer, read_samples
 from workers.exemplars import arguments, longest_sequence, takes_choices
-from workers.metrics.sequence_to_sequence import MAX_NEW_TOKENS, UNSPACED
-from workers.predicting import IGNORED
+from workers.metrics.sequence_to_sequence import UNSPACED
+from workers.predicting import IGNORED, MAX_NEW_TOKENS
 from workers.skeleton import build_empty
 
 # A tokenizer's configuration is input from outside: it may name neither code nor files elsewhere.

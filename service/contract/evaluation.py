@@ -100,7 +100,9 @@ class TaskEvaluation(Frozen):
     metrics: tuple[Metric, ...] | None = Field(
         None, min_length=1, max_length=16, description="The first is what retention and gates look at; omitted, all"
     )
-    max_new_tokens: int | None = Field(None, ge=1, le=4096, description="Tokens generated at most; omitted, 64")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=4096, description="Tokens generated at most; omitted, 64, or what the model has room for"
+    )
 
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> Self:
