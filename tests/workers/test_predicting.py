@@ -329,12 +329,12 @@ def gpt2(positions: int) -> Any:
 def test_a_prompt_and_what_is_written_need_positions(words: Any) -> None:
     samples = {"input_ids": tokens()["input_ids"].clamp(3, 30), "labels": torch.full((6, 1), 7)}
     length = samples["input_ids"].shape[1]
-    sentence = rf"has 8 positions: too few for {length} tokens to go on from and 6 new ones \(max_new_tokens\)"
+    sentence = rf"has 10 positions: too few for {length} tokens to go on from and 6 new ones \(max_new_tokens\)"
     with pytest.raises(BadInput, match=sentence):
-        ask(gpt2(8), samples, setting("sequence_to_sequence", words, max_new_tokens=6))
+        ask(gpt2(10), samples, setting("sequence_to_sequence", words, max_new_tokens=6))
     with pytest.raises(BadInput, match=rf"too few for {length} tokens to go on from and a new one"):
         ask(gpt2(length), samples, setting("sequence_to_sequence", words))
-    assert len(ask(gpt2(8), samples, setting("sequence_to_sequence", words)).predictions) == 6, (
+    assert len(ask(gpt2(10), samples, setting("sequence_to_sequence", words)).predictions) == 6, (
         "as many as there is room"
     )
 
@@ -350,14 +350,18 @@ def test_padding_before_a_prompt_takes_no_room(words: Any) -> None:
 
 
 def test_generation_config_says_which_tokens_end_a_text_and_nothing_else(words: Any) -> None:
-    model, ids = llama(vocab_size=len(VOCABULARY)), tokens()["input_ids"].clamp(4, 30)
-    samples, asked = {"input_ids": ids[:1], "labels": torch.full((1, 1), 7)}, setting("sequence_to_sequence", words)
-    first, *_ = greedily(model, ids[:1], 1)
-    stated = {"eos_token_id": [first], "do_sample": True, "num_beams": 3, "min_new_tokens": 5}
-    answers = KINDS[Kind.SEQUENCE_TO_SEQUENCE].gather(model, samples, replace(asked, generation=stated))
-    ended = words.decode([first], skip_special_tokens=True)
-    assert answers.predictions == [ended]
-    assert ask(model, samples, asked).predictions != [ended], "of itself it goes on"
+    model = llama(vocab_size=len(VOCABULARY))
+
+    def insist(_: Any, __: Any, output: Any) -> None:
+        output.logits[..., 7] = 100.0
+
+    model.register_forward_hook(insist)
+    samples = {"input_ids": tokens()["input_ids"].clamp(4, 30), "labels": torch.full((6, 1), 7)}
+    asked = setting("sequence_to_sequence", words, max_new_tokens=3)
+    stated = {"eos_token_id": [7], "do_sample": True, "num_beams": 3, "min_new_tokens": 3}
+    answers = ask(model, samples, replace(asked, generation=stated))
+    assert answers.predictions == [words.decode([7])] * 6
+    assert ask(model, samples, asked).predictions == [words.decode([7, 7, 7])] * 6
 
 
 def test_a_causal_classifier_without_a_padding_token_scores_at_the_last_token() -> None:
