@@ -359,9 +359,9 @@ def test_generation_config_says_which_tokens_end_a_text_and_nothing_else(words: 
     samples = {"input_ids": tokens()["input_ids"].clamp(4, 30), "labels": torch.full((6, 1), 7)}
     asked = setting("sequence_to_sequence", words, max_new_tokens=3)
     stated = {"eos_token_id": [7], "do_sample": True, "num_beams": 3, "min_new_tokens": 3}
+    assert ask(model, samples, asked).predictions == [words.decode([7, 7, 7])] * 6
     answers = ask(model, samples, replace(asked, generation=stated))
     assert answers.predictions == [words.decode([7])] * 6
-    assert ask(model, samples, asked).predictions == [words.decode([7, 7, 7])] * 6
 
 
 def test_a_causal_classifier_without_a_padding_token_scores_at_the_last_token() -> None:

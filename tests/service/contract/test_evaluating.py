@@ -63,7 +63,7 @@ GATE = {"metric": "worst_task_retention", "at_least": 0.9}
         ({"models": []}, "models", "at least 1"),
         ({"models": [model("a"), model("A")]}, "models", "different names"),
         ({"models": [model("a", reference=True)]}, "models", "all models are references"),
-        ({"models": [model("a", tasks=["carz"])]}, "models", "does not measure: carz"),
+        ({"models": [model("a", tasks=["carz"])]}, "models", "names the tasks carz, which evaluation does not measure"),
         ({"models": [model("a"), model("b", reference=True), expert("cars")]}, "models", "more than one reference"),
         ({"models": [model("a", tasks=["cars"]), expert("pets")]}, "models", "no model but a reference"),
         ({"evaluation": {"tasks": [ROWS[0], ROWS[0]]}}, "evaluation", "named twice"),
@@ -78,7 +78,7 @@ GATE = {"metric": "worst_task_retention", "at_least": 0.9}
         ({"gates": [{"metric": "task_drop", "task": "cars", "at_most": 0.1}]}, "gates", "there is none on cars"),
         ({"gates": [{"metric": "task_score", "task": "vans", "at_least": 1}]}, "gates", "does not measure"),
         ({"gates": [{"metric": "latency_ratio", "at_most": 1}]}, "gates", "does not measure latency"),
-        ({"base": "here"}, "base", "must start with"),
+        ({"base": "ftp://here/"}, "base", "must start with"),
         ({"method": "cat"}, "method", "Extra inputs"),
     ],
 )
