@@ -48,6 +48,7 @@ class TextHead:
     size: int
 
 
+FileHead = Header | TextHead
 FileCheck = Callable[[Any, Checkpoint], list[str]]
 
 
@@ -57,7 +58,7 @@ class Opened:
 
     base: Checkpoint | None
     tasks: tuple[Checkpoint | None, ...]
-    files: Mapping[str, Header | TextHead | None]
+    files: Mapping[str, FileHead | None]
 
 
 def admit(recipe: Recipe, objects: Objects) -> Plan:
@@ -68,16 +69,19 @@ def admit(recipe: Recipe, objects: Objects) -> Plan:
     Raises:
         Refusal: with a fault for everything that does not fit, each with a pointer into the recipe.
     """
-    faults = _place_faults(recipe, objects, recipe.output.prefix) if recipe.output.prefix else []
+    faults, output = list[Fault](), recipe.output
+    if output.prefix is not None:
+        inputs = _checkpoint_addresses(recipe) | file_addresses(recipe)
+        faults += place_faults(output.prefix, inputs, objects, is_free=output.overwrite)
     opened = _open(recipe, objects, faults)
     faults += _file_faults(recipe, opened)
     tasks = [task for task in opened.tasks if task is not None]
     if opened.base is None or len(tasks) < len(recipe.tasks):
-        raise _refusal(faults)
+        raise refusal_of(faults)
     found = fit(recipe, opened.base, tasks)
     faults += found.faults
     if faults:
-        raise _refusal(faults)
+        raise refusal_of(faults)
     return make_plan(
         recipe,
         recipe.output.prefix or "",
@@ -88,21 +92,24 @@ def admit(recipe: Recipe, objects: Objects) -> Plan:
     )
 
 
-def _place_faults(recipe: Recipe, objects: Objects, prefix: str) -> list[Fault]:
-    """What is wrong with where the result is to go."""
+def place_faults(prefix: str, inputs: Mapping[str, str], objects: Objects, *, is_free: bool) -> list[Fault]:
+    """What is wrong with where a result is to go.
+
+    ``inputs`` are the addresses that the recipe names, by JSON pointer; ``is_free`` says that what lies there may go.
+    """
     pointer = "/output/prefix"
     faults: list[Fault] = []
-    for where, address in (_checkpoint_addresses(recipe) | file_addresses(recipe)).items():
+    for where, address in inputs.items():
         place = address if address.endswith(("/", ".safetensors")) else address + "/"
         if prefix.startswith(place) or place.startswith(prefix):
             detail = (
                 f"{prefix} lies inside the input {where} ({address}), or around it; a result never mixes with inputs"
             )
             faults.append(Fault(pointer, "validation_error", detail))
-    with _collecting(faults, pointer):
+    with collecting(faults, pointer):
         objects.check(prefix + "x")
         first = next(iter(objects.list(prefix)), None)
-        if first is not None and not recipe.output.overwrite and not faults:
+        if first is not None and not is_free and not faults:
             detail = f"{first.address} exists; choose another prefix, or set output.overwrite"
             faults.append(Fault(pointer, OutputExists.code, detail))
     return faults
@@ -114,22 +121,14 @@ def _open(recipe: Recipe, objects: Objects, faults: list[Fault]) -> Opened:
     files = file_addresses(recipe)
 
     def checkpoint(pointer: str) -> Checkpoint | None:
-        with _collecting(faults, pointer):
+        with collecting(faults, pointer):
             objects.check(checkpoints[pointer])
             return read_checkpoint(objects, checkpoints[pointer])
         return None
 
-    def header(pointer: str) -> Header | TextHead | None:
-        with _collecting(faults, pointer):
-            objects.check(files[pointer])
-            if is_text(files[pointer]):
-                return _read_head(objects, files[pointer])
-            return read_header(objects, files[pointer])[1]
-        return None
-
     with ThreadPoolExecutor(READERS) as pool:
         read = dict(zip(checkpoints, pool.map(checkpoint, checkpoints), strict=True))
-        headers = dict(zip(files, pool.map(header, files), strict=True))
+        headers = dict(zip(files, pool.map(lambda at: read_head(objects, at, files[at], faults), files), strict=True))
     base = read["/base"]
     if base is not None and base.adapter is not None:
         detail = f"{base.address} is an adapter; the base must be a whole model, the one that the adapters are for"
@@ -139,7 +138,15 @@ def _open(recipe: Recipe, objects: Objects, faults: list[Fault]) -> Opened:
     return Opened(base, tasks, headers)
 
 
-def _read_head(objects: Objects, address: str) -> TextHead:
+def read_head(objects: Objects, pointer: str, address: str, faults: list[Fault]) -> FileHead | None:
+    """The beginning of a file of samples, which says what is in it; what can't be read becomes a fault."""
+    with collecting(faults, pointer):
+        objects.check(address)
+        return _text_head(objects, address) if is_text(address) else read_header(objects, address)[1]
+    return None
+
+
+def _text_head(objects: Objects, address: str) -> TextHead:
     info = objects.head(address)
     data = bytearray(min(HEAD_BYTES, info.size))
     objects.read(address, 0, memoryview(data), etag=info.etag)
@@ -150,7 +157,7 @@ def _whole(base: Checkpoint | None, task: Checkpoint | None, pointer: str, fault
     """A task's checkpoint; an adapter is put on the base."""
     if task is None or task.adapter is None:
         return task
-    with _collecting(faults, pointer):
+    with collecting(faults, pointer):
         return apply_adapter(base, task) if base is not None else None
     return None
 
@@ -216,15 +223,21 @@ def _head_faults(header: Header, _checkpoint: Checkpoint) -> list[str]:
     return head_faults(header.tensors)
 
 
-def _labeled_faults(
-    row: TaskEvaluation, base: Checkpoint | None, file: Header | TextHead, checkpoint: Checkpoint
-) -> list[str]:
+def _labeled_faults(row: TaskEvaluation, base: Checkpoint | None, file: FileHead, checkpoint: Checkpoint) -> list[str]:
     if checkpoint.config is None:
         return [f"an evaluation needs the model to run, but {checkpoint.address} has no config.json beside it"]
-    faults = model_faults(checkpoint.config, row)
+    return model_faults(checkpoint.config, row) + file_faults(row, base, file, checkpoint)
+
+
+def file_faults(
+    row: TaskEvaluation, base: Checkpoint | None, file: FileHead | None, checkpoint: Checkpoint
+) -> list[str]:
+    """What is wrong with a task's labeled samples for a checkpoint with a configuration; nothing of an unread file."""
+    if file is None:
+        return []
     if isinstance(file, TextHead):
-        return faults + _text_faults(row, base, file, checkpoint)
-    return faults + labeled_faults(file, checkpoint.config, row)
+        return _text_faults(row, base, file, checkpoint)
+    return labeled_faults(file, checkpoint.config, row)
 
 
 def _text_faults(row: TaskEvaluation, base: Checkpoint | None, file: TextHead, checkpoint: Checkpoint) -> list[str]:
@@ -240,7 +253,7 @@ def _text_faults(row: TaskEvaluation, base: Checkpoint | None, file: TextHead, c
 
 
 @contextmanager
-def _collecting(faults: list[Fault], pointer: str) -> Iterator[None]:
+def collecting(faults: list[Fault], pointer: str) -> Iterator[None]:
     """Turn a Refusal about one address into a fault, so that all are looked at; an outage ends the looking."""
     try:
         with refusals():
@@ -263,7 +276,7 @@ KINDS: Sequence[type[Refusal]] = (
 )
 
 
-def _refusal(faults: Sequence[Fault]) -> Refusal:
+def refusal_of(faults: Sequence[Fault]) -> Refusal:
     """One refusal for all faults: of their kind where they agree, else of the general one."""
     faults = sorted(faults, key=lambda fault: fault.pointer)  # headers are read in parallel: no order of their own
     codes = {fault.code for fault in faults}

@@ -11,13 +11,16 @@ from contextlib import closing, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import quote
 
 import httpx
 
+from service.contract.asked import AnyRecipe
+from service.contract.evaluating import EvaluationRecipe
 from service.contract.job import Status
 from service.contract.recipe import Recipe
+from service.contract.resources import EVALUATIONS, MERGES, resource_named
 from service.downloading import CatmergeError, Download, DownloadError, DownloadProgress
 
 __all__ = [
@@ -152,7 +155,16 @@ class CatmergeClient:
         """Submit a merge to be analyzed only, without weights to write; returns the job. Keys are as for ``submit``."""
         return self._submit("/v1/merges:analyze", recipe, idempotency_key)
 
-    def _submit(self, path: str, recipe: Recipe | Mapping[str, Any], key: str | None) -> JsonObject:
+    def evaluate(
+        self, recipe: EvaluationRecipe | Mapping[str, Any], *, idempotency_key: str | None = None
+    ) -> JsonObject:
+        """Submit checkpoints to be measured; returns the job, an evaluation. Keys are as for ``submit``.
+
+        Every other method takes its id as it takes a merge's.
+        """
+        return self._submit("/v1/evaluations", recipe, idempotency_key)
+
+    def _submit(self, path: str, recipe: AnyRecipe | Mapping[str, Any], key: str | None) -> JsonObject:
         headers = {"Idempotency-Key": key or str(uuid.uuid4())}
         return self._json("POST", path, json=_body(recipe), headers=headers)
 
@@ -186,8 +198,9 @@ class CatmergeClient:
         metadata: Mapping[str, str] | None = None,
         order: str | None = None,
         page_size: int | None = None,
+        kind: Literal["merge", "evaluation"] = "merge",
     ) -> Iterator[JsonObject]:
-        """Jobs, newest first, page by page as they are consumed.
+        """Jobs of one kind, newest first, page by page as they are consumed.
 
         Args:
             status: only those that stand there.
@@ -195,10 +208,11 @@ class CatmergeClient:
             metadata: only those with these labels.
             order: ``asc`` or ``desc``.
             page_size: how many to ask for at a time.
+            kind: merges (and analyses), or evaluations.
         """
         labels = {f"metadata[{name}]": value for name, value in (metadata or {}).items()}
         wanted = {"status": status, "created_after": created_after, "order": order, "limit": page_size, **labels}
-        return self._pages("/v1/merges", wanted)
+        return self._pages(f"/v1/{(EVALUATIONS if kind == EVALUATIONS.name else MERGES).plural}", wanted)
 
     def wait(
         self,
@@ -401,11 +415,11 @@ class CatmergeClient:
 
 
 def _path(job_id: str) -> str:
-    return f"/v1/merges/{quote(job_id, safe='')}"
+    return f"/v1/{resource_named(job_id).plural}/{quote(job_id, safe='')}"
 
 
-def _body(recipe: Recipe | Mapping[str, Any]) -> JsonObject:
-    return recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else dict(recipe)
+def _body(recipe: AnyRecipe | Mapping[str, Any]) -> JsonObject:
+    return dict(recipe) if isinstance(recipe, Mapping) else recipe.model_dump(mode="json", exclude_unset=True)
 
 
 def _may_pass_later(response: httpx.Response, repeatable: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The first rooms a merge goes through: admit, persist, enqueue."""
+"""The first rooms a job goes through: admit, persist, enqueue."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from sqlalchemy.exc import DBAPIError
 
 from service.admission import admit
 from service.contract.artifacts import default_prefix
+from service.contract.asked import AnyRecipe
 from service.contract.job import Job
+from service.contract.plan import Plan
 from service.contract.recipe import Recipe
 from service.contract.stages import PartMessage, Stage
 from service.dispatch import Dispatcher
+from service.evaluation_admission import admit_evaluation
 from service.stores.jobs import IdempotencyKey, JobStore, KeptAnswer, Submission
 from service.stores.objects import Objects
 from service.stores.parts import PartStore
@@ -34,17 +37,17 @@ class Rooms:
 
 
 def submit(
-    recipe: Recipe, caller: str, key: IdempotencyKey | None, rooms: Rooms, answer: Callable[[Job], KeptAnswer]
+    recipe: AnyRecipe, caller: str, key: IdempotencyKey | None, rooms: Rooms, answer: Callable[[Job], KeptAnswer]
 ) -> Job | KeptAnswer:
-    """Take a merge in, or find the answer that an earlier request with the same key got.
+    """Take a job in, or find the answer that an earlier request with the same key got.
 
     ``answer`` makes what is kept for the key. Raises any Refusal of admission; then nothing is stored.
     """
-    plan = admit(recipe, rooms.objects)
+    plan = _admitted(recipe, rooms.objects)
     submission = Submission(
         caller=caller,
         recipe=recipe,
-        prefix=lambda job_id: recipe.output.prefix or default_prefix(rooms.workspace, job_id),
+        prefix=lambda job_id: recipe.output.prefix or _workspace_prefix(recipe, rooms, job_id),
         warnings=plan.warnings,
         expires_after_seconds=rooms.job_retention_seconds,
     )
@@ -52,6 +55,14 @@ def submit(
     if isinstance(stored, Job):
         enqueue([PartMessage(Stage.PLAN, stored.id, 0)], rooms)
     return stored
+
+
+def _admitted(recipe: AnyRecipe, objects: Objects) -> Plan:
+    return admit(recipe, objects) if isinstance(recipe, Recipe) else admit_evaluation(recipe, objects)
+
+
+def _workspace_prefix(recipe: AnyRecipe, rooms: Rooms, job_id: str) -> str:
+    return default_prefix(rooms.workspace, recipe.resource.plural, job_id)
 
 
 def enqueue(messages: Sequence[PartMessage], rooms: Rooms) -> None:

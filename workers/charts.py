@@ -62,10 +62,40 @@ def quality_charts(metrics: Mapping[str, Any], gates: Sequence[Mapping[str, Any]
     tasks = metrics["tasks"]
     if any(row["retention"] is not None for row in tasks.values()):
         yield _retention(tasks, gates)
-    by_metric: dict[str, dict[str, Any]] = {}
+    yield from _by_metric(tasks)
+
+
+def evaluation_charts(metrics: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> Iterator[Chart]:
+    """The same of an evaluation by itself: what models keep of their reference's scores, and all scores."""
+    is_one = sum(not model["reference"] for model in metrics["models"].values()) == 1
+    kept = {
+        name if is_one else f"{name} ({model})": {**row, "intervals": {"retention": row["retention_interval"]}}
+        for name, task in metrics["tasks"].items()
+        for model, row in task["models"].items()
+        if row["retention"] is not None
+    }
+    if kept:
+        yield _retention(kept, gates, "retention_reference_alt")
+    yield from _by_metric(_with_one_reference(metrics))
+
+
+def _with_one_reference(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks, their references called so where each task has its own: they share a place and a color."""
+    tasks = dict(metrics["tasks"])
+    if sum(model["reference"] for model in metrics["models"].values()) < 2:
+        return tasks
+    called = token("reference")
+    return {
+        name: {**row, "models": {called if m == row["reference"] else m: found for m, found in row["models"].items()}}
+        for name, row in tasks.items()
+    }
+
+
+def _by_metric(tasks: Mapping[str, Any]) -> Iterator[Chart]:
+    found: dict[str, dict[str, Any]] = {}
     for name, row in tasks.items():
-        by_metric.setdefault(metric_of(row), {})[name] = row
-    for metric, rows in by_metric.items():
+        found.setdefault(metric_of(row), {})[name] = row
+    for metric, rows in found.items():
         yield _scores(metric, rows)
 
 
@@ -106,7 +136,9 @@ def metric_of(row: Mapping[str, Any]) -> str:
 
 
 def models_of(row: Mapping[str, Any]) -> dict[str, tuple[float | None, Sequence[float] | None]]:
-    """Score and interval of every model on one task: base, expert, the baselines, merged."""
+    """Score and interval of every model on one task: base, expert, the baselines, merged; or those of an evaluation."""
+    if "models" in row:
+        return {name: (found["score"], found["interval"]) for name, found in row["models"].items()}
     intervals = row.get("intervals") or {}
     baselines = {name: (found["score"], found.get("interval")) for name, found in (row.get("baselines") or {}).items()}
     own = {name: (row[name], intervals.get(name)) for name in MODELS}
@@ -121,7 +153,7 @@ def model_name(model: str) -> str:
 # Quality
 
 
-def _retention(tasks: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> Chart:
+def _retention(tasks: Mapping[str, Any], gates: Sequence[Mapping[str, Any]], alt: str = "retention_alt") -> Chart:
     rows = [
         {"task": name, "value": row["retention"], **_ends((row.get("intervals") or {}).get("retention"))}
         for name, row in tasks.items()
@@ -148,7 +180,8 @@ def _retention(tasks: Mapping[str, Any], gates: Sequence[Mapping[str, Any]]) -> 
         ],
     }
     table = tuple((row["task"], percent(row["value"]), percent(row["low"]), percent(row["high"])) for row in rows)
-    return Chart("retention", "retention_chart", "retention_alt", spec, _titles("task", "kept", "low", "high"), table)
+    title = alt.replace("_alt", "_chart")
+    return Chart("retention", title, alt, spec, _titles("task", "kept", "low", "high"), table)
 
 
 def _scores(metric: str, tasks: Mapping[str, Any]) -> Chart:
@@ -191,7 +224,7 @@ def _whisker(color: str, x: Spec) -> Spec:
 
 
 def _model_colors(names: Sequence[str]) -> list[str]:
-    fixed = {token(f"model_{name}"): variable(name) for name in MODELS}
+    fixed = {token(f"model_{name}"): variable(name) for name in MODELS} | {token("reference"): variable("expert")}
     others = iter(OTHERS * len(names))
     return [fixed.get(name) or variable(next(others)) for name in names]
 

@@ -42,7 +42,8 @@ def _names(plan: Plan) -> Iterator[str]:
     """Everything that a job with this plan may have written beside it."""
     for index, shard in enumerate(plan.shards):
         yield from (shard.file, artifacts.removed(index))
-    yield from (artifacts.head(head.task) for head in plan.heads)
+    for head in plan.heads:
+        yield from (artifacts.head(head.task), artifacts.head_config(head.task))
     yield from (file.address.rpartition("/")[2] for file in plan.side_files)
     yield from (artifacts.INDEX, artifacts.MODEL_CARD, artifacts.TRIM_LOG)
     yield from (artifacts.REPORT_JSON, artifacts.REPORT_HTML, artifacts.RECIPE)

@@ -19,6 +19,7 @@ from workers.skeleton import Skeleton, build_empty
 from workers.statistics import Statistic
 
 Progress = Callable[[int, int], None]
+TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # what ends in [..., length]
 
 
 def check_inputs(model: nn.Module | Mapping[str, Any], inputs: Mapping[str, Tensor]) -> None:
@@ -60,7 +61,7 @@ def watch_inputs(
     done = 0
     with torch.no_grad(), watcher.hooked():
         masks = masks_of_calls(inputs, lambda sample: watcher.measure(_fitted(sample, device_of(model))))
-        for batch in batches(inputs, batch_size, device_of(model)):
+        for batch in batches(inputs, 1 if lacks_padding(model, inputs) else batch_size, device_of(model)):
             watcher.run(batch, masks)
             done += len(next(iter(batch.values())))
             on_progress(done, total)
@@ -70,11 +71,16 @@ def watch_inputs(
 def class_scores(model: nn.Module, inputs: Mapping[str, Tensor], batch_size: int) -> Tensor:
     """The logits ``[n, classes]`` of the model's own classification head, in float32 on the CPU.
 
+    A causal model that does not know what padding is gets one sample at a time, without its padding.
+
     Raises:
         UnsupportedArchitecture: the model has no head that gives one row of logits per sample.
     """
     scores = []
-    for batch in batches(inputs, batch_size, device_of(model)):
+    given = (
+        unpadded(model, inputs, 1) if lacks_padding(model, inputs) else batches(inputs, batch_size, device_of(model))
+    )
+    for batch in given:
         with torch.no_grad():
             logits = getattr(model(**batch), "logits", None)
         if not isinstance(logits, Tensor) or logits.dim() != 2:
@@ -126,6 +132,35 @@ def batches(inputs: Mapping[str, Tensor], batch_size: int, device: torch.device)
     total = len(next(iter(inputs.values())))
     for start in range(0, total, batch_size):
         yield _fitted({name: values[start : start + batch_size] for name, values in inputs.items()}, device)
+
+
+def lacks_padding(model: Any, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether a model scores text at its last token, and can't tell which that is among several samples.
+
+    transformers looks for the last token that is no padding; a checkpoint whose config.json has no ``pad_token_id``
+    leaves it no way to, and then it takes one sample at a time only.
+    """
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification") and "input_ids" in inputs
+    return is_classifier and getattr(model.config.get_text_config(), "pad_token_id", None) is None
+
+
+def unpadded(model: nn.Module, inputs: Mapping[str, Tensor], batch_size: int) -> Iterator[dict[str, Tensor]]:
+    """Batches without the positions that none of their samples attends to."""
+    return (batch for batch, _ in unpadded_places(model, inputs, batch_size))
+
+
+def unpadded_places(
+    model: nn.Module, inputs: Mapping[str, Tensor], batch_size: int
+) -> Iterator[tuple[dict[str, Tensor], slice]]:
+    """Batches without the positions that none of their samples attends to, and which are kept."""
+    for batch in batches(inputs, batch_size, device_of(model)):
+        mask = batch.get("attention_mask")
+        if mask is None:
+            yield batch, slice(None)
+            continue
+        used = mask.flatten(0, -2).any(0).nonzero()[:, 0].tolist()
+        kept = slice(used[0], used[-1] + 1) if used else slice(None)
+        yield {name: values[..., kept] if name in TOKENS else values for name, values in batch.items()}, kept
 
 
 def _fitted(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

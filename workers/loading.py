@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,17 @@ from service.contract.errors import BadInput
 from workers.skeleton import building, find_places, read_config
 
 
-def load_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | str) -> nn.Module:
+def load_model(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    device: torch.device | str,
+    spare: Collection[str] = (),
+) -> nn.Module:
     """The model of a ``config.json`` with these tensors (checkpoint name -> values), in float32 and evaluation mode.
 
     Tensors that are float32 already are not copied: on the CPU the model shares their memory. Nothing is ever left
-    randomly initialized: only tied tensors and what a model computes itself may be absent.
+    randomly initialized: only tied tensors and what a model computes itself may be absent. Tensors that are ``spare``
+    may have no place in the model.
 
     Raises:
         UnsupportedArchitecture: transformers has no such model, or can't build it.
@@ -39,13 +45,17 @@ def load_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
             )
     except (RuntimeError, ValueError) as error:
         raise BadInput(f"the tensors can't be loaded into {model_class.__name__}: {error}") from error
-    refuse_misloaded(model, tensors, loading)
+    refuse_misloaded(model, tensors, loading, spare)
     loaded: nn.Module = model.requires_grad_(False).eval().to(device)
     return loaded
 
 
-def refuse_misloaded(model: nn.Module, tensors: Iterable[str], loading: Mapping[str, Any]) -> None:
+def refuse_misloaded(
+    model: nn.Module, tensors: Iterable[str], loading: Mapping[str, Any], spare: Collection[str] = ()
+) -> None:
     """Refuse, by the name it has in the checkpoint, what transformers says is missing, left over or misshaped.
+
+    Of what is left over, ``spare`` tensors are let be.
 
     Raises:
         BadInput: there is any.
@@ -57,7 +67,7 @@ def refuse_misloaded(model: nn.Module, tensors: Iterable[str], loading: Mapping[
         raise BadInput(f"{name} has shape {list(found)}, and {kind} needs {list(expected)}", tensor=name)
     for name in sorted(loading["missing_keys"]):
         raise BadInput(f"{kind} needs the tensor {name}, which the checkpoint does not have", tensor=name)
-    for name in sorted(loading["unexpected_keys"]):
+    for name in sorted(set(loading["unexpected_keys"]) - set(spare)):
         raise BadInput(f"{kind} has no place for the tensor {name}", tensor=name)
 
 

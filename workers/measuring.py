@@ -31,7 +31,7 @@ class Setting:
 
     ``row`` is what the recipe asks for, ``head`` the tensors of its head of features (empty without one),
     ``tokenizer`` the task's own (None where its checkpoint has none). ``on_batch`` is called after every batch, and
-    may raise.
+    may raise. ``generation`` is the checkpoint's ``generation_config.json``, where text is written.
     """
 
     row: TaskEvaluation
@@ -39,6 +39,7 @@ class Setting:
     head: Samples = field(default_factory=dict)
     tokenizer: Any = None
     on_batch: Callable[[], None] = lambda: None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

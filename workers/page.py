@@ -21,7 +21,7 @@ from workers.languages import LANGUAGES, MARK, both, known, plain, said, texts
 from workers.palette import all_colors
 
 # What a report may lack: an older one, or one of a merge that nothing was measured on.
-MAY_LACK = ("layers", "conflict", "analysis", "search", "recipe", "inputs", "made_by", "plan")
+MAY_LACK = ("layers", "conflict", "analysis", "search", "recipe", "inputs", "made_by", "plan", "trimmed", "mode")
 METRICS_MAY_LACK = (
     "mean_retention_interval",
     "worst_retention_interval",
@@ -30,7 +30,7 @@ METRICS_MAY_LACK = (
     "speed",
     "parameters",
 )
-GATES_MAY_LACK = ("at_least", "at_most", "task", "use")
+GATES_MAY_LACK = ("at_least", "at_most", "task", "use", "model")
 SEARCH_MAY_LACK = ("chosen", "validation", "test")
 
 RECIPE_LIMIT_CHARACTERS = 60_000
@@ -54,6 +54,7 @@ def render_page(report: Mapping[str, Any]) -> str:
     """The page of a report; reports that lack a chapter are rendered without it."""
     report = _whole(report)
     metrics, gates = report["metrics"], report["gates"]
+    merged = None if _is_evaluation(report) else metrics
     drawn = Section(tuple(_charts(report)))
     scripts = [_library(), _file("report.js")] if drawn.charts else [_file("report.js")]
     return (
@@ -66,9 +67,10 @@ def render_page(report: Mapping[str, Any]) -> str:
             analysis=report["analysis"],
             missed=[gate for gate in gates if not gate["passed"]],
             charts=drawn,
-            rows=_score_rows(metrics) if metrics else [],
-            baselines=_baselines(metrics) if metrics else [],
-            unsure=_unsure(metrics) if metrics else [],
+            evaluated=metrics if _is_evaluation(report) else None,
+            rows=_score_rows(merged) if merged else [],
+            baselines=_baselines(merged) if merged else [],
+            unsure=_unsure(merged) if merged else [],
             trimming=_trimming(report),
             facts=Markup(_data(drawn.charts)),  # noqa: S704  # escaped for a script element
             scripts=[Markup(script) for script in scripts],  # noqa: S704  # our own, and the library's
@@ -92,9 +94,15 @@ def _whole(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _is_evaluation(report: Mapping[str, Any]) -> bool:
+    """Whether models were only measured; else the report is about a merge, or its analysis."""
+    return report.get("mode") == "evaluation"
+
+
 def _charts(report: Mapping[str, Any]) -> Iterator[Chart]:
     if report.get("metrics"):
-        yield from charts.quality_charts(report["metrics"], report.get("gates") or [])
+        draw = charts.evaluation_charts if _is_evaluation(report) else charts.quality_charts
+        yield from draw(report["metrics"], report.get("gates") or [])
     if report.get("layers"):
         yield from charts.layer_charts(report["layers"])
     if report.get("conflict"):

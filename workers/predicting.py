@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch.nn import functional
 from transformers import GenerationConfig
 
 from service.contract.errors import BadInput, UnsupportedArchitecture
-from workers.forward import batches, device_of
+from workers.exemplars import longest_sequence
+from workers.forward import unpadded_places
 
 LOGIT_BYTES = 256 << 20  # of one batch: a vocabulary is large, and a batch size is chosen with classes in mind
 IGNORED = -100
-TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # what ends in [..., length]
+MAX_NEW_TOKENS = 64
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 OnBatch = Callable[[], None]
 
@@ -28,7 +30,7 @@ def token_classes(model: nn.Module, inputs: Mapping[str, Tensor], batch_size: in
         UnsupportedArchitecture: the model has no head that scores classes per token.
     """
     found = []
-    for batch, kept in _unpadded(model, inputs, batch_size):
+    for batch, kept in unpadded_places(model, inputs, batch_size):
         logits = _logits(model, batch)
         if logits is None or logits.shape[:2] != batch["input_ids"].shape:
             raise UnsupportedArchitecture(f"{type(model).__name__} has no head that scores classes per token")
@@ -47,7 +49,7 @@ def token_losses(model: nn.Module, inputs: Mapping[str, Tensor], batch_size: int
     """
     refuse_unless_causal(model)
     losses = []
-    for batch, kept in _unpadded(model, inputs, _rows(model, inputs, batch_size)):
+    for batch, kept in unpadded_places(model, inputs, _rows(model, inputs, batch_size)):
         logits = _logits(model, batch)
         if logits is None or logits.shape[:2] != batch["input_ids"].shape:
             raise UnsupportedArchitecture(f"{type(model).__name__} gives no scores of the next token")
@@ -77,7 +79,7 @@ def choice_scores(model: nn.Module, inputs: Mapping[str, Tensor], batch_size: in
         UnsupportedArchitecture: the model has no such head.
     """
     scores = []
-    for batch, _ in _unpadded(model, inputs, batch_size):
+    for batch, _ in unpadded_places(model, inputs, batch_size):
         logits = _logits(model, batch)
         if logits is None or logits.shape != batch["input_ids"].shape[:2]:
             raise UnsupportedArchitecture(f"{type(model).__name__} has no head that scores choices")
@@ -88,22 +90,32 @@ def choice_scores(model: nn.Module, inputs: Mapping[str, Tensor], batch_size: in
 
 
 def written_texts(
-    model: Any, inputs: Mapping[str, Tensor], batch_size: int, tokenizer: Any, max_new_tokens: int, on_batch: OnBatch
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    batch_size: int,
+    tokenizer: Any,
+    max_new_tokens: int | None,
+    on_batch: OnBatch,
+    stated: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """The text that the model writes to each sample, token by token the likeliest one (greedily); prompts left out.
 
+    Without ``max_new_tokens`` there are 64 at most, or as many as the model has positions left for. ``stated`` is the
+    checkpoint's ``generation_config.json``: which tokens begin, end and pad a text is taken from it, and nothing else.
+
     Raises:
-        BadInput: prompts of a causal model are padded at their end, or the model gives NaN.
+        BadInput: prompts of a causal model are padded at their end or leave no room, or the model gives NaN.
         UnsupportedArchitecture: the model writes no text.
     """
     refuse_unless_writing(model)
     repeats_prompt = not model.config.is_encoder_decoder and "input_ids" in inputs
     if repeats_prompt:
         _refuse_ended(model, inputs)
-    model.generation_config = _special_tokens(model, tokenizer)
-    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": max_new_tokens}
+    model.generation_config = _special_tokens(model, tokenizer, stated or {})
+    new_tokens = _room(model, inputs, max_new_tokens, repeats_prompt=repeats_prompt)
+    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens}
     texts: list[str] = []
-    for batch, _ in _unpadded(model, inputs, batch_size):
+    for batch, _ in unpadded_places(model, inputs, batch_size):
         try:
             with torch.no_grad():
                 written = model.generate(**batch, **greedy, logits_processor=[_refuse_nan])
@@ -119,20 +131,6 @@ def refuse_unless_writing(model: Any) -> None:
     """Refuse models that write no text. Raises UnsupportedArchitecture."""
     if not model.can_generate():
         raise UnsupportedArchitecture(f"{type(model).__name__} writes no text")
-
-
-def _unpadded(
-    model: nn.Module, inputs: Mapping[str, Tensor], batch_size: int
-) -> Iterator[tuple[dict[str, Tensor], slice]]:
-    """Batches without the positions that none of their samples attends to, and which are kept."""
-    for batch in batches(inputs, batch_size, device_of(model)):
-        mask = batch.get("attention_mask")
-        if mask is None:
-            yield batch, slice(None)
-            continue
-        used = mask.flatten(0, -2).any(0).nonzero()[:, 0].tolist()
-        kept = slice(used[0], used[-1] + 1) if used else slice(None)
-        yield {name: values[..., kept] if name in TOKENS else values for name, values in batch.items()}, kept
 
 
 def _padded(values: Tensor, kept: slice, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -190,9 +188,37 @@ def _refuse_ended(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         )
 
 
-def _special_tokens(model: Any, tokenizer: Any) -> GenerationConfig:
-    """What the checkpoint and its tokenizer say about beginning, end and padding, and nothing else they may ask for."""
-    known = model.generation_config
+def _room(model: Any, inputs: Mapping[str, Tensor], max_new_tokens: int | None, *, repeats_prompt: bool) -> int:
+    """How many tokens to write at most. Raises BadInput where the model has no positions for so many."""
+    config = model.config.get_text_config(decoder=True)
+    longest = (
+        getattr(config, "max_position_embeddings", None) if not repeats_prompt else longest_sequence(model, config)
+    )
+    if not isinstance(longest, int):
+        return max_new_tokens or MAX_NEW_TOKENS
+    begun = _longest_prompt(inputs) if repeats_prompt else 1  # the token that a decoder starts with
+    wanted = max_new_tokens or min(MAX_NEW_TOKENS, longest - begun)
+    if wanted < 1 or begun + wanted > longest:
+        new = f"{max_new_tokens} new ones (max_new_tokens)" if max_new_tokens else "a new one"
+        raise BadInput(
+            f"{type(model).__name__} has {longest} positions: too few for {begun} tokens to go on from and {new}; "
+            "shorten the prompts, or ask for fewer"
+        )
+    return wanted
+
+
+def _longest_prompt(inputs: Mapping[str, Tensor]) -> int:
+    """The tokens of the longest prompt, padding at its beginning left out."""
+    mask = inputs.get("attention_mask")
+    return int(inputs["input_ids"].shape[1] if mask is None else mask.long().sum(1).max())
+
+
+def _special_tokens(model: Any, tokenizer: Any, stated: Mapping[str, Any]) -> GenerationConfig:
+    """What the checkpoint and its tokenizer say about beginning, end and padding, and nothing else they may ask for.
+
+    What generation_config.json states stands before what transformers takes from config.json.
+    """
+    known = GenerationConfig(**_stated_tokens(model.generation_config, stated))  # type: ignore[no-untyped-call]
     ends = sorted({*_listed(known.eos_token_id), *_listed(tokenizer.eos_token_id)})
     padding = (number for number in (known.pad_token_id, tokenizer.pad_token_id, *ends) if number is not None)
     return GenerationConfig(  # type: ignore[no-untyped-call]
@@ -202,6 +228,10 @@ def _special_tokens(model: Any, tokenizer: Any) -> GenerationConfig:
         decoder_start_token_id=known.decoder_start_token_id,
         forced_bos_token_id=known.forced_bos_token_id,
     )
+
+
+def _stated_tokens(known: GenerationConfig, stated: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: stated.get(name, getattr(known, name)) for name in SPECIAL}
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:

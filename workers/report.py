@@ -66,7 +66,7 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "conflict": facts.conflict,
         "analysis": facts.analysis,
         "search": facts.search,
-        "cost": _cost(facts.so_far),
+        "cost": cost_of(facts.so_far),
         "savings": _savings(facts),
         "plan": facts.plan.summary(),
         "recipe": (facts.asked or recipe).model_dump(mode="json"),
@@ -81,7 +81,8 @@ def _done(recipe: Recipe) -> str:
     return "analyzed before merging" if recipe.mode == "analysis" else "merged into one"
 
 
-def _cost(so_far: SoFar) -> dict[str, Any]:
+def cost_of(so_far: SoFar) -> dict[str, Any]:
+    """What a job has cost, as reports have it."""
     return {
         "seconds": round(so_far.now - so_far.started_at, 3),
         "seconds_queued": round(so_far.started_at - so_far.created_at, 3),

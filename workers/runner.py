@@ -7,8 +7,10 @@ import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
 
+from service.contract.asked import AnyRecipe
 from service.contract.errors import Failure, Stopped, WorkerError
 from service.contract.parts import Claim, Done
+from service.contract.recipe import Recipe
 from service.contract.settings import Connections
 from service.contract.stages import PartMessage, Stage
 from service.stores.database import Database
@@ -104,7 +106,7 @@ class Runner:
             outputs=lambda stage: self._parts.outputs(claim.job_id, stage),
             so_far=lambda: self._parts.so_far(claim.job_id),
             calibration_bytes=self._calibration_bytes,
-            study=JobStudy(self._database, claim) if claim.recipe.search else None,
+            study=JobStudy(self._database, claim) if _is_search(claim.recipe) else None,
         )
 
     def _fail(self, claim: Claim, failure: Failure, watch: Watch) -> None:
@@ -124,3 +126,7 @@ class Runner:
     def mark_unsent(self, messages: Sequence[PartMessage]) -> None:
         """Leave messages that the broker did not take to the sweeper."""
         self._parts.mark_unsent(messages)
+
+
+def _is_search(recipe: AnyRecipe) -> bool:
+    return isinstance(recipe, Recipe) and recipe.search is not None

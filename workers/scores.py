@@ -48,19 +48,25 @@ def measured(evaluation: Evaluation, scores: Sequence[TaskScores]) -> dict[str, 
     """The scores as the report has them: points, intervals, retention, and what tasks keep on average and at worst."""
     confidence = evaluation.confidence
     tasks = {task.row.task: _task(evaluation, task) for task in scores}
-    kept = {task.row.task: task.retention("merged") for task in scores}
-    kept = {name: values for name, values in kept.items() if math.isfinite(values[0])}
-    mean, worst = _over(kept, lambda all_tasks: all_tasks.mean(0)), _over(kept, lambda all_tasks: all_tasks.min(0))
     return {
         "tasks": tasks,
         "mean_accuracy": {model: _mean_score(scores, model) for model in evaluation.models},
-        "mean_retention": _point(mean),
-        "mean_retention_interval": _interval(mean, confidence),
-        "worst_retention": _point(worst),
-        "worst_retention_interval": _interval(worst, confidence),
-        "worst_task": min(kept, key=lambda name: kept[name][0]) if kept else None,
+        **kept_over({task.row.task: task.retention("merged") for task in scores}, confidence),
         "confidence": confidence,
         "resamples": evaluation.resamples,
+    }
+
+
+def kept_over(retentions: Mapping[str, Figures], confidence: float) -> dict[str, Any]:
+    """What is kept on average and at worst, of the tasks on which there is something to keep."""
+    kept = {name: values for name, values in retentions.items() if math.isfinite(values[0])}
+    mean, worst = _over(kept, lambda all_tasks: all_tasks.mean(0)), _over(kept, lambda all_tasks: all_tasks.min(0))
+    return {
+        "mean_retention": point(mean),
+        "mean_retention_interval": ends(mean, confidence),
+        "worst_retention": point(worst),
+        "worst_retention_interval": ends(worst, confidence),
+        "worst_task": min(kept, key=lambda name: kept[name][0]) if kept else None,
     }
 
 
@@ -81,7 +87,7 @@ def _doubts(evaluation: Evaluation, task: TaskScores) -> list[str]:
             f"task {name!r}: no share of the expert's {task.row.primary} ({expert:.4g}) can be kept; mean and worst "
             "retention are those of the other tasks, and gates on them are not met"
         )
-    if merged != expert and _distinguishable(evaluation, task) is False:
+    if merged != expert and distinguishable(evaluation, task) is False:
         found.append(
             f"task {name!r}: {task.samples} samples are too few to tell the merged model's {task.row.primary} "
             f"({merged:.4g}) from the expert's ({expert:.4g})"
@@ -102,42 +108,43 @@ def _task(evaluation: Evaluation, task: TaskScores) -> dict[str, Any]:
         "metric": task.row.primary.value,
         "better": task.row.better,
         "samples": task.samples,
-        **{model: _point(task.primary(model)) for model in models},
-        "retention": _point(retention),
-        "drop": _point(-task.gain("expert")),
+        **{model: point(task.primary(model)) for model in models},
+        "retention": point(retention),
+        "drop": point(-task.gain("expert")),
         "intervals": {
-            **{model: _interval(task.primary(model), confidence) for model in models},
-            "retention": _interval(retention, confidence),
-            "drop": _interval(-task.gain("expert"), confidence),
+            **{model: ends(task.primary(model), confidence) for model in models},
+            "retention": ends(retention, confidence),
+            "drop": ends(-task.gain("expert"), confidence),
         },
         "baselines": {name: _baseline(task, name, confidence) for name in evaluation.baselines},
-        "all": {model: _every_metric(figures, confidence) for model, figures in task.figures.items()},
-        "distinguishable": _distinguishable(evaluation, task),
+        "all": {model: every_metric(figures, confidence) for model, figures in task.figures.items()},
+        "distinguishable": distinguishable(evaluation, task),
     }
 
 
 def _baseline(task: TaskScores, name: str, confidence: float) -> dict[str, Any]:
     return {
-        "score": _point(task.primary(name)),
-        "interval": _interval(task.primary(name), confidence),
-        "retention": _point(task.retention(name)),
-        "gain": _point(task.gain(name)),
-        "gain_interval": _interval(task.gain(name), confidence),
+        "score": point(task.primary(name)),
+        "interval": ends(task.primary(name), confidence),
+        "retention": point(task.retention(name)),
+        "gain": point(task.gain(name)),
+        "gain_interval": ends(task.gain(name), confidence),
     }
 
 
-def _every_metric(figures: Mapping[Metric, Figures], confidence: float) -> dict[str, Any]:
+def every_metric(figures: Mapping[Metric, Figures], confidence: float) -> dict[str, Any]:
+    """Every metric's figure and the ends of its interval."""
     found = {}
     for metric, values in figures.items():
-        low, high = _interval(values, confidence) or (None, None)
-        found[metric.value] = {"value": _point(values), "low": low, "high": high}
+        low, high = ends(values, confidence) or (None, None)
+        found[metric.value] = {"value": point(values), "low": low, "high": high}
     return found
 
 
-def _distinguishable(evaluation: Evaluation, task: TaskScores) -> bool | None:
+def distinguishable(evaluation: Evaluation, task: TaskScores) -> bool | None:
     """Whether the interval of the difference between the merged model and the expert leaves zero out."""
-    ends = _interval(task.gain("expert"), evaluation.confidence)
-    return None if ends is None else not ends[0] <= 0 <= ends[1]
+    found = ends(task.gain("expert"), evaluation.confidence)
+    return None if found is None else not found[0] <= 0 <= found[1]
 
 
 def _share(better: Better, score: Figures, expert: Figures) -> Figures:
@@ -154,16 +161,19 @@ def _mean_score(scores: Sequence[TaskScores], model: str) -> float | None:
     """The mean of the tasks' primary scores, where they are of one metric; others have no common mean."""
     if len({task.row.primary for task in scores}) > 1:
         return None
-    return _finite(float(np.mean([task.primary(model)[0] for task in scores])))
+    return finite(float(np.mean([task.primary(model)[0] for task in scores])))
 
 
-def _point(values: Figures | None) -> float | None:
-    return None if values is None else _finite(float(values[0]))
+def point(values: Figures | None) -> float | None:
+    """The figure on all samples; None where there is none."""
+    return None if values is None else finite(float(values[0]))
 
 
-def _interval(values: Figures | None, confidence: float) -> list[float] | None:
+def ends(values: Figures | None, confidence: float) -> list[float] | None:
+    """The ends of a figure's interval; None where there is none."""
     return None if values is None else interval(values, confidence)
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """A figure as JSON can say it."""
     return value if math.isfinite(value) else None

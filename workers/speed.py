@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from service.contract.errors import BadInput, UnsupportedArchitecture
 from workers.exemplars import naming
-from workers.forward import batches, check_inputs, device_of
+from workers.forward import batches, check_inputs, device_of, lacks_padding
 from workers.metrics import KINDS
 from workers.trial import Trial
 
@@ -71,7 +71,8 @@ def _times(trial: Trial, first: Trial, which: str) -> tuple[int, list[float]]:
     inputs = KINDS[first.row.kind].inputs(model, first.samples)
     with naming(first.row.labeled):
         check_inputs(model, inputs)
-    batch = next(batches(inputs, min(LARGEST_BATCH, first.evaluation.batch_size), device_of(model)))
+    size = 1 if lacks_padding(model, inputs) else min(LARGEST_BATCH, first.evaluation.batch_size)
+    batch = next(batches(inputs, size, device_of(model)))
     return len(next(iter(batch.values()))), run_times(model, batch, trial.work.watch.step)
 
 

@@ -23,8 +23,8 @@ from service.contract.metrics import Kind
 from service.contract.samples import LABELS
 from service.contract.textfiles import Sample, TextFault, class_numbers, holds_tokenizer, read_samples
 from workers.exemplars import arguments, longest_sequence, takes_choices
-from workers.metrics.sequence_to_sequence import MAX_NEW_TOKENS, UNSPACED
-from workers.predicting import IGNORED
+from workers.metrics.sequence_to_sequence import UNSPACED
+from workers.predicting import IGNORED, MAX_NEW_TOKENS
 from workers.skeleton import build_empty
 
 # A tokenizer's configuration is input from outside: it may name neither code nor files elsewhere.
@@ -261,7 +261,8 @@ def _refuse_fewer(samples: Sequence[Sample], most: int) -> None:
 def _texts_to_texts(maker: _Maker, samples: Sequence[Sample]) -> dict[str, Tensor]:
     """A causal model goes on where its input ends, so prompts are padded and cut at their start."""
     is_causal = not maker.model.config.is_encoder_decoder
-    new_tokens = maker.row.max_new_tokens or MAX_NEW_TOKENS
+    most = MAX_NEW_TOKENS if maker.longest is None else min(MAX_NEW_TOKENS, maker.longest // 2)
+    new_tokens = maker.row.max_new_tokens or (most if is_causal else MAX_NEW_TOKENS)
     wanted = maker.tokenizer(text_target=[sample.label for sample in samples], add_special_tokens=False)["input_ids"]
     short = sum(len(tokens) > new_tokens for tokens in wanted)
     if short:

@@ -5,42 +5,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 from torch import Tensor, nn
 
 from service.contract import artifacts
-from service.contract.checkpoint import Checkpoint, CheckpointFile
-from service.contract.evaluation import Evaluation, TaskEvaluation, is_text
-from service.contract.metrics import Kind
-from service.contract.plan import Pinned, Plan
-from service.contract.recipe import Task, canonical_sha256
-from service.contract.textfiles import holds_tokenizer
-from workers.labeled import read_labeled, read_tokenizer
+from service.contract.checkpoint import Checkpoint
+from service.contract.evaluation import Evaluation, TaskEvaluation
+from service.contract.recipe import Task
+from workers.bench import Bench
 from workers.loading import load_model
-from workers.measuring import Samples, Setting
+from workers.measuring import Samples
 from workers.tensors import TensorReader
-from workers.textfiles import Tokenized
-from workers.version import ENGINE
 from workers.work import Work
 
 MAIN_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values", "inputs_embeds")
-DECODING = (Kind.SEQUENCE_TO_SEQUENCE,)  # kinds whose answers a tokenizer turns into text
 
 
 @dataclass(frozen=True, eq=False)
-class Trial:
-    """What one task's models are measured with, opened and pinned."""
+class Trial(Bench):
+    """What one task's models are measured with: its expert's checkpoint, the base and whatever was merged."""
 
-    work: Work
-    plan: Plan
-    evaluation: Evaluation
-    row: TaskEvaluation
-    task: Task
     base: Checkpoint
-    checkpoint: Checkpoint
-    reader: TensorReader
+    task: Task
 
     @classmethod
     def open(cls, work: Work, reader: TensorReader, evaluation: Evaluation, row: TaskEvaluation) -> Trial:
@@ -49,69 +35,12 @@ class Trial:
         task = next(task for task in work.recipe.tasks if task.name == row.task)
         base = reader.open(work.recipe.base, plan.inputs["base"])
         checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"], base)
-        return cls(work, plan, evaluation, row, task, base, checkpoint, reader)
-
-    @cached_property
-    def labeled(self) -> Tokenized:
-        """The labeled samples, model inputs and labels, and what there is to warn of. Raises BadInput."""
-        return self.read("labeled")
-
-    @property
-    def samples(self) -> Samples:
-        return self.labeled.tensors
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What there is to warn of in the labeled samples, if they were read."""
-        return self.labeled.warnings if "labeled" in self.__dict__ else ()
-
-    def read(self, which: str) -> Tokenized:
-        """The samples that are ``labeled``, or those for ``validation``."""
-        (file,) = self.plan.inputs[f"{which}:{self.task.name}"]
-        return read_labeled(self.work.objects, self.reader, file, self.row, self.tokenizer, self.checkpoint)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer beside the task's checkpoint, or the base's where that has none; None where none is needed."""
-        return read_tokenizer(self.work.objects, self._tokenizer_files) if self._has_words else None
-
-    @property
-    def _has_words(self) -> bool:
-        files = (self.row.labeled, self.row.validation)
-        return self.row.kind in DECODING or any(is_text(file) for file in files if file)
-
-    @property
-    def _tokenizer_files(self) -> tuple[CheckpointFile, ...]:
-        places = [checkpoint.side_files for checkpoint in (self.checkpoint, self.base)]
-        return next((files for files in places if holds_tokenizer(file.name for file in files)), ())
-
-    @cached_property
-    def setting(self) -> Setting:
-        """What gathering answers needs beside the model and the samples."""
-        head: Mapping[str, Tensor] = {}
-        if self.row.head:
-            opened = self.reader.open(self.row.head.weight, self.plan.inputs[f"head:{self.task.name}"])
-            head = self.reader.read(opened, opened.tensors)
-        return Setting(self.row, self.evaluation.batch_size, head, self.tokenizer, self.work.watch.step)
+        return cls(work, plan, evaluation, row, base, checkpoint, reader, task)
 
     def digest(self, model: str) -> str:
         """Of everything that the scores of the base or the expert depend on."""
-        names = [f"task:{self.task.name}", f"labeled:{self.task.name}", f"head:{self.task.name}"]
-        names += ["base"] if model == "base" or self.checkpoint.adapter is not None else []
-        files: list[Pinned | CheckpointFile] = [file for name in names for file in self.plan.inputs.get(name, ())]
-        files += self._tokenizer_files if self._has_words else ()
-        row = self.row.model_dump(mode="json", exclude={"labeled": True, "validation": True, "head": {"weight"}})
-        return canonical_sha256(
-            {
-                "engine": ENGINE,
-                "model": model,
-                "files": [[file.size, file.etag, file.version_id] for file in files],
-                "config": self.checkpoint.config,
-                "row": {**row, "metrics": self.row.measured},
-                "seed": self.work.recipe.seed,
-                "resamples": self.evaluation.resamples,
-            }
-        )
+        needs_base = model == "base" or self.checkpoint.adapter is not None
+        return self.digest_of(model, [f"task:{self.task.name}", *(["base"] if needs_base else [])])
 
     def load(self, model: str) -> nn.Module:
         """The base, the expert, the merged model or a baseline, with the task's head. Raises BadInput."""

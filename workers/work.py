@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.contract import artifacts
+from service.contract.errors import WorkerError
+from service.contract.evaluating import EvaluationRecipe
 from service.contract.parts import Claim, SoFar
 from service.contract.plan import Plan
 from service.contract.recipe import Recipe
@@ -41,6 +43,16 @@ class Work:
 
     @property
     def recipe(self) -> Recipe:
+        """The recipe of a merge, or of its analysis. Raises WorkerError: the stage was given another kind of job."""
+        if not isinstance(self.claim.recipe, Recipe):
+            raise WorkerError(f"{self.claim.stage} of {self.claim.job_id} is asked to merge, but the job is none")
+        return self.claim.recipe
+
+    @property
+    def evaluation_recipe(self) -> EvaluationRecipe:
+        """The recipe of an evaluation by itself. Raises WorkerError: the stage was given another kind of job."""
+        if not isinstance(self.claim.recipe, EvaluationRecipe):
+            raise WorkerError(f"{self.claim.stage} of {self.claim.job_id} is asked to evaluate, but the job is a merge")
         return self.claim.recipe
 
     @property

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 
-from service.api import artifacts, catalogue, events, health, merges, problems, schema, trim_log
+from service.api import artifacts, catalogue, evaluations, events, health, merges, problems, schema, trim_log
 from service.api.deps import House, plain_parameters
 from service.api.lookout import Lookout
 from service.api.metrics import Metrics
@@ -33,6 +33,7 @@ ROUTERS = (
     events.router,
     trim_log.router,
     artifacts.router,
+    evaluations.router,
     catalogue.router,
     health.router,
 )

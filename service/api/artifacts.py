@@ -72,9 +72,7 @@ def get_artifact(
 def artifacts_of(job: Job) -> dict[str, Artifact]:
     """The files of a job's result by name. Raises NotReady."""
     if not job.status.has_result:
-        raise NotReady(
-            f"Job {job.id} is {job.status.value}: artifacts exist once a merge has succeeded or is rejected."
-        )
+        raise NotReady(f"Job {job.id} is {job.status.value}: artifacts exist once it has succeeded or is rejected.")
     rows = [Artifact.model_validate(row) for row in (job.result or {}).get("artifacts", [])]
     return {artifact.name: artifact for artifact in rows}
 

@@ -36,7 +36,7 @@ def expect_match(request: Request, job: Job) -> None:
     if given is None or given.strip() == "*":
         return
     if etag_of(job) not in ENTITY_TAG.findall(given):
-        raise PreconditionFailed(f"The merge's ETag is {etag_of(job)}, which If-Match does not name: it has changed.")
+        raise PreconditionFailed(f"The job's ETag is {etag_of(job)}, which If-Match does not name: it has changed.")
 
 
 def wait_seconds(request: Request) -> int | None:

@@ -5,29 +5,36 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import pydantic
 from pydantic import BaseModel
 
 from service.contract.errors import Fault, ValidationError
+from service.contract.evaluating import EvaluationRecipe
 from service.contract.recipe import Recipe
 from service.contract.treatments import TREATMENTS
 
 MAX_FAULTS = 100
 Step = int | str
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_recipe(value: object) -> Recipe:
-    """A parsed body as a recipe.
+    """A parsed body as the recipe of a merge. Raises ValidationError, with a fault for everything that is wrong."""
+    return _read(value, Recipe)
 
-    Raises:
-        ValidationError: with a fault for everything that is wrong.
-    """
+
+def read_evaluation(value: object) -> EvaluationRecipe:
+    """A parsed body as the recipe of an evaluation. Raises ValidationError, as ``read_recipe`` does."""
+    return _read(value, EvaluationRecipe)
+
+
+def _read(value: object, kind: type[Kind]) -> Kind:
     try:
-        return Recipe.model_validate(value)
+        return kind.model_validate(value)
     except pydantic.ValidationError as error:
-        faults = tuple(islice(faults_of(error, Recipe, value), MAX_FAULTS))
+        faults = tuple(islice(faults_of(error, kind, value), MAX_FAULTS))
         where = f"{faults[0].pointer}: " if faults[0].pointer else ""
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise ValidationError(f"{where}{faults[0].detail}{more}", faults) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -22,22 +23,27 @@ from service.api.faults import pointer_to, read_recipe
 from service.api.views import JobList, JobView, PlanView, job_json, next_link, page_json
 from service.api.waiting import until_ended
 from service.api.wiping import wipe
+from service.contract.asked import AnyRecipe
 from service.contract.errors import Fault, InvalidCursor, InvalidParameter, NotFound, ValidationError
 from service.contract.job import Job, Status
+from service.contract.resources import RESOURCES, Resource
 from service.stores.jobs import IdempotencyKey, KeptAnswer, Listing
 from service.submit import enqueue, submit
 
 router = APIRouter(prefix="/v1", tags=["merges"])
 
 LABEL = re.compile(r"metadata\[(.+)\]", re.DOTALL)
-JOB_ID = re.compile(r"mrg_[0-9a-f]{32}")
 LOOK_AGAIN_SECONDS = 2
-RECIPE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Recipe"}}},
-    }
-}
+ReadRecipe = Callable[[Any], AnyRecipe]
+
+
+def recipe_body(schema: str) -> dict[str, Any]:
+    """How a request looks whose body is a recipe of this name."""
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+RECIPE_BODY = recipe_body("Recipe")
 KEY_HEADER = {
     "name": "Idempotency-Key",
     "in": "header",
@@ -49,7 +55,7 @@ WAIT_HEADER = {
     "name": "Prefer",
     "in": "header",
     "required": False,
-    "description": "wait=N: answer when the merge has ended, after N seconds (60 at most) in any case",
+    "description": "wait=N: answer when the job has ended, after N seconds (60 at most) in any case",
     "schema": {"type": "string"},
 }
 
@@ -66,7 +72,7 @@ def _moment(text: str) -> float:
 
 
 class ListQuery(BaseModel):
-    """Which merges to list. Newest first, unless ``order`` is asc; ``metadata[key]=value`` picks by label."""
+    """Which jobs to list. Newest first, unless ``order`` is asc; ``metadata[key]=value`` picks by label."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -78,12 +84,13 @@ class ListQuery(BaseModel):
         None, description="RFC 3339, or seconds since the epoch"
     )
 
-    def listing(self, caller: str) -> Listing:
+    def listing(self, caller: str, resource: Resource) -> Listing:
         """The same question, in the store's words. Raises InvalidParameter, InvalidCursor."""
-        if self.after is not None and not JOB_ID.fullmatch(self.after):
-            raise InvalidCursor(f"after={self.after!r} is not the id of a merge; use the last_id of a page.")
+        if self.after is not None and not resource.is_id(self.after):
+            raise InvalidCursor(f"after={self.after!r} is no id of this list; use the last_id of a page.")
         return Listing(
             caller=caller,
+            resource=resource,
             limit=self.limit,
             after=self.after,
             ascending=self.order == "asc",
@@ -107,13 +114,21 @@ class DeleteQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    artifacts: bool = Field(False, description="Also remove every file that the merge wrote")
+    artifacts: bool = Field(False, description="Also remove every file that the job wrote")
 
 
-def known_id(job_id: str) -> str:
-    """An id that a job may have. Raises NotFound: anything else names none."""
-    if not JOB_ID.fullmatch(job_id):
-        raise NotFound(f"There is no merge {job_id!r}.")
+def asked_for(request: Request) -> Resource:
+    """The resource whose door a request came to."""
+    return next(row for row in RESOURCES if request.scope["route"].path.startswith(f"/v1/{row.plural}"))
+
+
+Asked = Annotated[Resource, Depends(asked_for)]
+
+
+def known_id(job_id: str, resource: Asked) -> str:
+    """An id that a job of the resource may have. Raises NotFound: anything else names none."""
+    if not resource.is_id(job_id):
+        raise NotFound(f"There is no {resource.name} {job_id!r}.")
     return job_id
 
 
@@ -129,7 +144,7 @@ JsonBody = Annotated[Body, Depends(json_body)]
 )
 async def create_merge(request: Request, body: JsonBody, doors: Doors, caller: Caller) -> Response:
     """Submit a merge. It is checked at once against its checkpoints' headers, stored, and worked on later."""
-    return await _submitted(request, body, doors, caller)
+    return await submitted(request, body, doors, caller, read_recipe)
 
 
 @router.post(
@@ -140,7 +155,7 @@ async def create_merge(request: Request, body: JsonBody, doors: Doors, caller: C
 )
 async def analyze_merge(request: Request, body: JsonBody, doors: Doors, caller: Caller) -> Response:
     """Submit a merge to be analyzed only: how much its tasks disturb each other is measured, and no weights written."""
-    return await _submitted(request, replace(body, value=_as_analysis(body.value)), doors, caller)
+    return await submitted(request, replace(body, value=_as_analysis(body.value)), doors, caller, read_recipe)
 
 
 @router.post("/merges:plan", responses={200: {"model": PlanView}}, openapi_extra=RECIPE_BODY)
@@ -151,9 +166,11 @@ def plan_merge(body: JsonBody, doors: Doors) -> Response:
 
 
 @router.get("/merges", responses={200: {"model": JobList}})
-def list_merges(request: Request, query: Annotated[ListQuery, Query()], doors: Doors, caller: Caller) -> Response:
+def list_merges(
+    request: Request, query: Annotated[ListQuery, Query()], resource: Asked, doors: Doors, caller: Caller
+) -> Response:
     """List merges, page by page: `after` takes the `last_id` of the page before."""
-    jobs, has_more = doors.jobs.page(query.listing(caller))
+    jobs, has_more = doors.jobs.page(query.listing(caller, resource))
     page = page_json([job_json(job, doors.base_url) for job in jobs], "id", has_more)
     return JSONResponse(page, headers=next_link(request, doors.base_url, page))
 
@@ -202,21 +219,24 @@ def _as_analysis(value: Any) -> Any:
     return {**value, "mode": "analysis"} if isinstance(value, dict) else value
 
 
-async def _submitted(request: Request, body: Body, doors: House, caller: str) -> Response:
+async def submitted(request: Request, body: Body, doors: House, caller: str, read: ReadRecipe) -> Response:
+    """Take a job in, whose recipe ``read`` makes of the body, and answer with it. Raises any Refusal of admission."""
     key = idempotency_key(request, caller, body.sha256)
-    taken = await run_in_threadpool(_take_in, request, body, doors, caller, key)
+    taken = await run_in_threadpool(_take_in, request, body, doors, caller, key, read)
     if isinstance(taken, KeptAnswer):
         return _replayed(taken)
     return await _answer_waited(request, taken, doors, caller, status=202)
 
 
-def _take_in(request: Request, body: Body, doors: House, caller: str, key: IdempotencyKey | None) -> Job | KeptAnswer:
+def _take_in(
+    request: Request, body: Body, doors: House, caller: str, key: IdempotencyKey | None, read: ReadRecipe
+) -> Job | KeptAnswer:
     with doors.in_flight.hold(key):
         kept = doors.jobs.replay(key) if key else None
         if kept is not None:
             return kept
         try:
-            recipe = read_recipe(body.value)
+            recipe = read(body.value)
         except ValidationError as refusal:  # the one refusal that depends on nothing but the body
             if key:
                 doors.jobs.keep(key, KeptAnswer(refusal.status, problems.problem(request, refusal)))

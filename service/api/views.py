@@ -9,8 +9,11 @@ from urllib.parse import urlencode
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
+from service.contract.asked import AnyRecipe
+from service.contract.evaluating import EvaluationRecipe
 from service.contract.job import Artifact, Event, FailureRecord, Job, Progress, Status
 from service.contract.recipe import Recipe
+from service.contract.resources import EVALUATIONS, MERGES, Resource
 from service.contract.stages import Stage
 
 Timestamp = Annotated[
@@ -22,6 +25,8 @@ Timestamp = Annotated[
     ),
 ]
 
+RECIPE = "With defaults filled in, and the place where the result goes"
+
 
 class Links(BaseModel):
     """Where to go from a job."""
@@ -31,21 +36,24 @@ class Links(BaseModel):
     own: str = Field(alias="self")
     events: str
     artifacts: str
-    trim_log: str
     cancel: str
     retry: str
 
 
-class JobView(BaseModel):
-    """A merge: what was asked for, how far it is, and what came of it."""
+class MergeLinks(Links):
+    """Where to go from a merge."""
 
-    model_config = ConfigDict(title="Merge")
+    trim_log: str
 
-    id: str = Field(examples=["mrg_0198c5a07b1f7c3e9d2f4b6a8c0e1f22"])
-    object: Literal["merge"]
+
+class AnyJobView(BaseModel):
+    """A job: what was asked for, how far it is, and what came of it."""
+
+    id: str
+    object: str
     status: Status
     stage: Stage | None
-    recipe: Recipe = Field(description="With defaults filled in, and the place where the result goes")
+    recipe: AnyRecipe = Field(description=RECIPE)
     recipe_sha256: str = Field(description="Digest of the recipe with its defaults, without a place chosen for it")
     progress: Progress
     attempt: int
@@ -60,6 +68,27 @@ class JobView(BaseModel):
     finished_at: Timestamp | None
     expires_at: Timestamp | None = Field(description="When the job is forgotten; its artifacts stay")
     links: Links
+
+
+class JobView(AnyJobView):
+    """A merge: what was asked for, how far it is, and what came of it."""
+
+    model_config = ConfigDict(title="Merge")
+
+    id: str = Field(examples=["mrg_0198c5a07b1f7c3e9d2f4b6a8c0e1f22"])
+    object: Literal["merge"]
+    recipe: Recipe = Field(description=RECIPE)
+    links: MergeLinks
+
+
+class EvaluationView(AnyJobView):
+    """An evaluation: what was asked for, how far it is, and what came of it."""
+
+    model_config = ConfigDict(title="Evaluation")
+
+    id: str = Field(examples=["evl_0198c5a07b1f7c3e9d2f4b6a8c0e1f22"])
+    object: Literal["evaluation"]
+    recipe: EvaluationRecipe = Field(description=RECIPE)
 
 
 class EventView(BaseModel):
@@ -77,6 +106,16 @@ class JobList(BaseModel):
 
     object: Literal["list"]
     data: list[JobView]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class EvaluationList(BaseModel):
+    """A page of evaluations."""
+
+    object: Literal["list"]
+    data: list[EvaluationView]
     has_more: bool
     first_id: str | None
     last_id: str | None
@@ -138,12 +177,16 @@ class PlanView(BaseModel):
     warnings: list[str]
 
 
+VIEWS: dict[Resource, type[AnyJobView]] = {MERGES: JobView, EVALUATIONS: EvaluationView}
+
+
 def job_json(job: Job, base_url: str) -> dict[str, Any]:
     """A job as its callers see it; ``base_url`` begins its links."""
     output = job.recipe.output.model_copy(update={"prefix": job.prefix})
-    return JobView(
+    resource = job.recipe.resource
+    return VIEWS[resource](
         id=job.id,
-        object="merge",
+        object=resource.name,
         status=job.status,
         stage=job.stage,
         recipe=job.recipe.model_copy(update={"output": output}),
@@ -160,7 +203,7 @@ def job_json(job: Job, base_url: str) -> dict[str, Any]:
         started_at=_maybe(job.started_at),
         finished_at=_maybe(job.finished_at),
         expires_at=_maybe(job.expires_at),
-        links=_links(f"{base_url}/v1/merges/{job.id}"),
+        links=_links(f"{base_url}/v1/{resource.plural}/{job.id}", resource),
     ).model_dump(mode="json")
 
 
@@ -201,6 +244,7 @@ def _maybe(seconds: float | None) -> str | None:
     return None if seconds is None else timestamp(seconds)
 
 
-def _links(address: str) -> Links:
-    names = {"events": "events", "artifacts": "artifacts", "trim_log": "trim-log", "cancel": "cancel", "retry": "retry"}
-    return Links.model_validate({"self": address, **{name: f"{address}/{path}" for name, path in names.items()}})
+def _links(address: str, resource: Resource) -> Links:
+    kind = MergeLinks if resource is MERGES else Links
+    names = [name for name in kind.model_fields if name != "own"]
+    return kind.model_validate({"self": address, **{name: f"{address}/{name.replace('_', '-')}" for name in names}})

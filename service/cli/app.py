@@ -9,7 +9,7 @@ from service.cli.options import CommonUrl, Settings
 
 EPILOG = (
     "Exit codes: 0 it went well, or the job succeeded; 1 refused, unreachable, or could not be done; 2 wrong usage; "
-    "3 a gate rejected the merge; 4 the job failed; 5 it was cancelled; 6 it had not ended when --timeout was over; "
+    "3 a gate rejected the result; 4 the job failed; 5 it was cancelled; 6 it had not ended when --timeout was over; "
     "130 interrupted. With --json, standard output is JSON alone; errors, then JSON too, and progress go to standard "
     "error."
 )

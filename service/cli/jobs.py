@@ -6,7 +6,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -14,6 +14,7 @@ from rich.markup import escape
 from service.cli.options import JobId, Json, RecipeFile, Url, connect
 from service.cli.output import (
     Refused,
+    about,
     answering,
     columns,
     exit_code,
@@ -65,6 +66,21 @@ def analyze(
         _show_to_its_end(client, job, watch, timeout, as_json)
 
 
+def evaluate(
+    context: typer.Context,
+    recipe: RecipeFile,
+    watch: Watch = False,
+    key: Key = None,
+    timeout: Timeout = None,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Measure checkpoints on labeled samples: a merged model, a base, or two that are to be compared."""
+    with answering(as_json), connect(context, url) as client:
+        job = client.evaluate(_read_recipe(recipe), idempotency_key=key)
+        _show_to_its_end(client, job, watch, timeout, as_json)
+
+
 def watch(
     context: typer.Context, job_id: JobId, timeout: Timeout = None, as_json: Json = False, url: Url = None
 ) -> None:
@@ -80,25 +96,27 @@ def ls(
     status: Annotated[Status | None, typer.Option(help="Only those that stand there.")] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="Only those with this label.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
+    evaluations: Annotated[bool, typer.Option("--evaluations", help="List evaluations in place of merges.")] = False,
     as_json: Json = False,
     url: Url = None,
 ) -> None:
     """List jobs, newest first."""
     with answering(as_json), connect(context, url) as client:
         labels = dict(_label(text) for text in label or [])
-        pages = client.list(status=status, metadata=labels, page_size=min(limit, 100))
+        kind: Literal["merge", "evaluation"] = "evaluation" if evaluations else "merge"
+        pages = client.list(status=status, metadata=labels, page_size=min(limit, 100), kind=kind)
         jobs = list(islice(pages, limit))
         if as_json:
             print_json(jobs)
             return
-        table = columns(["id", "status", "done", "method", "tasks", "created (UTC)"], right=["done"])
+        told = ["models" if evaluations else "method", "tasks"]
+        table = columns(["id", "status", "done", *told, "created (UTC)"], right=["done"])
         for job in jobs:
             table.add_row(
                 job["id"],
                 status_markup(job["status"]),
                 f"{job['progress']['fraction']:.0%}",
-                job["recipe"]["method"]["name"],
-                escape(", ".join(task["name"] for task in job["recipe"]["tasks"])),
+                *(escape(text) for text in about(job["recipe"])),
                 job["created_at"].partition(".")[0].replace("T", " "),
             )
         out.print(table if jobs else "There are no such jobs.")
@@ -220,7 +238,7 @@ def methods(context: typer.Context, as_json: Json = False, url: Url = None) -> N
         out.print(table)
 
 
-COMMANDS = (submit, analyze, watch, ls, get, cancel, retry, delete, download, events, plan, methods)
+COMMANDS = (submit, analyze, evaluate, watch, ls, get, cancel, retry, delete, download, events, plan, methods)
 
 
 def _show_to_its_end(

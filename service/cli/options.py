@@ -13,7 +13,7 @@ from service.client import DEFAULT_URL, CatmergeClient
 from service.up import DATA, running
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id: mrg_...")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's id: mrg_... or evl_...")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in JSON; - reads standard input.")]
 Url = Annotated[str | None, typer.Option("--url", metavar="URL", help="Where the service answers.")]
 CommonUrl = Annotated[

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from service.client import CatmergeError, ProblemError, WaitTimeout
 from service.contract.job import Status
+from service.contract.resources import EVALUATIONS
 from service.contract.settings import SettingsError
 from service.processes import UpError
 
@@ -118,11 +119,23 @@ def show_job(job: JsonObject) -> None:
     measured = (job["result"] or {}).get("metrics")
     if measured:
         out.print()
-        out.print(scores(measured))
+        out.print(standings(measured) if _is_evaluation(job) else scores(measured))
     analysis = (job["result"] or {}).get("analysis")
     if analysis:
         out.print()
         out.print(verdicts(analysis))
+
+
+def about(recipe: JsonObject) -> tuple[str, str]:
+    """What a recipe is about, in two cells: method and tasks of a merge, models and tasks of an evaluation."""
+    if recipe.get("mode") == "evaluation":
+        tasks = [row["task"] for row in recipe["evaluation"]["tasks"]]
+        return ", ".join(model["name"] for model in recipe["models"]), ", ".join(tasks)
+    return recipe["method"]["name"], ", ".join(task["name"] for task in recipe["tasks"])
+
+
+def _is_evaluation(job: JsonObject) -> bool:
+    return job.get("object") == EVALUATIONS.name
 
 
 def _job_facts(job: JsonObject) -> Iterator[tuple[str, str]]:
@@ -135,7 +148,10 @@ def _job_facts(job: JsonObject) -> Iterator[tuple[str, str]]:
     yield "progress", f"{progress['fraction']:.0%} of {progress['parts_total']} parts"
     if job["queue_position"] is not None:
         yield "in the queue", f"number {job['queue_position']}"
-    yield "method", f"{recipe['method']['name']} of {len(recipe['tasks'])} tasks"
+    if _is_evaluation(job):
+        yield "models", ", ".join(escape(model["name"]) for model in recipe["models"])
+    else:
+        yield "method", f"{recipe['method']['name']} of {len(recipe['tasks'])} tasks"
     yield "created", job["created_at"]
     if job["finished_at"]:
         yield "finished", job["finished_at"]
@@ -153,7 +169,7 @@ def _result_facts(job: JsonObject) -> Iterator[tuple[str, str]]:
         read, written = human_bytes(cost["bytes_read"]), human_bytes(cost["bytes_written"])
         yield "cost", f"{cost['seconds']:.1f} s, {read} read, {written} written"
     for gate in job["result"].get("gates", []):
-        name = f"{gate['metric']} {gate['task'] or ''}".strip()
+        name = " ".join(filter(None, (gate["metric"], gate["task"], gate.get("model") and f"of {gate['model']}")))
         verdict = "[green]passed[/]" if gate["passed"] else "[red]missed[/]"
         yield "gate", f"{verdict}: {name} is {figure(gate['value'])}, {_limit(gate)} was asked for"
     yield "result", escape(job["recipe"]["output"]["prefix"])
@@ -173,6 +189,23 @@ def scores(measured: JsonObject) -> Table:
     table.add_row("average", *[figure(measured["mean_accuracy"][key]) for key in ("base", "expert", "merged")], "")
     table.add_row("mean retention", "", "", "", figure(measured["mean_retention"]))
     table.add_row("worst retention", "", "", measured["worst_task"] or "", figure(measured["worst_retention"]))
+    return table
+
+
+def standings(measured: JsonObject) -> Table:
+    """Every model's score on every task, with its interval, and what it keeps of the reference's."""
+    table = columns(
+        ["task", "metric", "model", "score", "from", "to", "retention"], right=["score", "from", "to", "retention"]
+    )
+    for task, row in measured["tasks"].items():
+        for name, model in row["models"].items():
+            low, high = model["interval"] or (None, None)
+            kept = "reference" if name == row["reference"] else figure(model["retention"])
+            table.add_row(task, row["metric"], name, *[figure(value) for value in (model["score"], low, high)], kept)
+    for name, model in measured["models"].items():
+        if model["worst_retention"] is not None:
+            table.add_row("mean retention", "", name, "", "", "", figure(model["mean_retention"]))
+            table.add_row("worst retention", "", name, model["worst_task"], "", "", figure(model["worst_retention"]))
     return table
 
 

@@ -14,6 +14,7 @@ from service.cli.comparison_page import page
 from service.cli.options import JobId, Json, Url, connect
 from service.cli.output import Refused, answering, columns, note, out, print_json
 from service.contract import artifacts
+from service.contract.resources import EVALUATIONS, resource_named
 
 NO_BROWSER = "There is no browser to open it in; open the file yourself, or pass --no-open."
 
@@ -55,6 +56,9 @@ def compare(
     with answering(as_json), connect(context, url) as client:
         if len(set(job_ids)) < 2:
             raise Refused("Name two different jobs or more to compare")
+        evaluations = [job_id for job_id in job_ids if resource_named(job_id) is EVALUATIONS]
+        if evaluations:
+            raise Refused(f"{evaluations[0]} is an evaluation, which sets its own models side by side: see its report")
         found = compared([client.get(job_id) for job_id in dict.fromkeys(job_ids)])
         if html is not None:
             _write(html, page(found))

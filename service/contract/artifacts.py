@@ -12,6 +12,7 @@ MANIFEST = "merge/manifest.json"
 MODEL_CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+HEADS = "heads/"
 
 MEDIA_TYPES = {
     "json": "application/json",
@@ -32,8 +33,8 @@ def role(name: str) -> str:
     """What an artifact is for: weights, head, tokenizer, report or provenance."""
     if name == INDEX or (name.startswith("model") and name.endswith(".safetensors")):
         return "weights"
-    if name.startswith("heads/"):
-        return "head"
+    if name.startswith(HEADS):
+        return "configuration" if name.endswith(".json") else "head"
     if name in (REPORT_JSON, REPORT_HTML, MODEL_CARD, ANALYSIS):
         return "report"
     if name.startswith("merge/"):
@@ -53,12 +54,17 @@ def removed(index: int) -> str:
 
 def head(task: str) -> str:
     """Name of a task's head."""
-    return f"heads/{task}.safetensors"
+    return f"{HEADS}{task}.safetensors"
 
 
-def default_prefix(workspace: str, job_id: str) -> str:
-    """Where a result goes that was given no place."""
-    return f"{workspace}merges/{job_id}/"
+def head_config(task: str) -> str:
+    """Name of the configuration of the model that a task's head makes of the merged weights."""
+    return f"{HEADS}{task}.json"
+
+
+def default_prefix(workspace: str, plural: str, job_id: str) -> str:
+    """Where a result goes that was given no place; ``plural`` is what jobs of its kind are called."""
+    return f"{workspace}{plural}/{job_id}/"
 
 
 def scratch(workspace: str, job_id: str) -> str:

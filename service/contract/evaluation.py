@@ -100,7 +100,9 @@ class TaskEvaluation(Frozen):
     metrics: tuple[Metric, ...] | None = Field(
         None, min_length=1, max_length=16, description="The first is what retention and gates look at; omitted, all"
     )
-    max_new_tokens: int | None = Field(None, ge=1, le=4096, description="Tokens generated at most; omitted, 64")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=4096, description="Tokens generated at most; omitted, 64, or what the model has room for"
+    )
 
     @model_validator(mode="after")
     def _fields_fit_kind(self) -> Self:
@@ -226,14 +228,15 @@ def gate_fault(gate: Gate, evaluation: Evaluation | None, tasks: tuple[str, ...]
     if evaluation is None:
         return f"the gate {gate.metric} needs an evaluation, and the recipe has none"
     if gate.task is not None:
-        return _task_gate_fault(gate, evaluation.row(gate.task))
+        return task_gate_fault(gate, evaluation.row(gate.task))
     missing = sorted(set(tasks) - {row.task for row in evaluation.tasks})
     if gate.metric in RETENTIONS and missing:
         return f"a gate over all tasks needs labels for every task; missing: {', '.join(missing)}"
     return None
 
 
-def _task_gate_fault(gate: Gate, row: TaskEvaluation | None) -> str | None:
+def task_gate_fault(gate: Gate, row: TaskEvaluation | None) -> str | None:
+    """Why a gate on one task can't be computed from what is measured there; None where it can."""
     if row is None:
         return f"a gate needs the score of task {gate.task!r}, which evaluation does not measure"
     wanted = "at_least" if row.better == "higher" else "at_most"

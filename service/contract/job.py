@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import Field
 
+from service.contract.asked import AnyRecipe
 from service.contract.base import Frozen
 from service.contract.errors import Blame, Failure
-from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 
 
@@ -78,7 +78,7 @@ class Job(Frozen):
     caller: str
     status: Status
     stage: Stage | None
-    recipe: Recipe
+    recipe: AnyRecipe
     recipe_sha256: str
     progress: Progress
     attempt: int

@@ -26,6 +26,9 @@ HEADS: dict[str, tuple[Kind, ...]] = {
     "ForCausalLM": WRITING,
     "LMHeadModel": WRITING,
     "ForConditionalGeneration": WRITING,
+    "EncoderDecoderModel": WRITING,
+    "DoubleHeadsModel": tuple(Kind),
+    "Model": (),  # a model without a head
 }
 Tensors = Mapping[str, TensorInfo]
 Config = Mapping[str, Any] | None

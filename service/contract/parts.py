@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from service.contract.asked import AnyRecipe
 from service.contract.job import Status
-from service.contract.recipe import Recipe
 from service.contract.stages import NewPart, Stage
 
 
@@ -41,7 +41,7 @@ class Claim:
     name: str
     token: str
     attempt: int
-    recipe: Recipe
+    recipe: AnyRecipe
     prefix: str
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -15,6 +15,7 @@ from service.contract.evaluation import Evaluation, Gate, baseline_method, gate_
 from service.contract.methods import AnyMethod, Cat, Method
 from service.contract.patterns import checked_pattern, matches
 from service.contract.presets import PresetName, expanded
+from service.contract.resources import MERGES, Resource
 from service.contract.search import WEIGHT, Parameters, Search, changed, search_faults
 from service.contract.treatments import TREATMENTS, Treatment, treatment_adapter
 
@@ -72,14 +73,32 @@ class MethodOverride(Frozen):
     parameters: dict[str, Any] = Field(min_length=1, description="Parameters of the recipe's method")
 
 
-class Output(Frozen):
-    """Where the result goes and how it is laid out."""
+class Place(Frozen):
+    """Where a result goes."""
 
     prefix: Prefix | None = Field(None, description="A folder; omitted, the service chooses one under its workspace")
-    dtype: Literal["base", "F32", "F16", "BF16"] = Field("base", description="Type of floating-point tensors")
-    shard_bytes: int = Field(5_000_000_000, ge=1024, le=1_000_000_000_000)
     overwrite: bool = False
     language: Literal["en", "ja"] = Field("en", description="What the report's page opens in; it holds both")
+
+
+class Output(Place):
+    """Where a merge's result goes and how it is laid out."""
+
+    dtype: Literal["base", "F32", "F16", "BF16"] = Field("base", description="Type of floating-point tensors")
+    shard_bytes: int = Field(5_000_000_000, ge=1024, le=1_000_000_000_000)
+
+
+class Digested(Frozen):
+    """A recipe of any kind."""
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the recipe with its defaults filled in."""
+        return canonical_sha256(self.model_dump(mode="json"))
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Deadline = Annotated[int | None, Field(ge=1, le=31_536_000)]
 
 
 Metadata = Annotated[
@@ -88,8 +107,10 @@ Metadata = Annotated[
 ]
 
 
-class Recipe(Frozen):
+class Recipe(Digested):
     """What a merge is asked to do. Tasks keep their order."""
+
+    resource: ClassVar[Resource] = MERGES
 
     mode: Literal["merge", "analysis"] = Field(
         "merge", description="analysis measures how much the tasks disturb each other, and writes no weights"
@@ -110,12 +131,12 @@ class Recipe(Frozen):
     gates: tuple[Gate, ...] = Field((), max_length=100)
     search: Search | None = Field(None, description="Parameters to search for, in place of those that are given")
     output: Output = Field(default_factory=Output)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Seed = 0
     allow_tf32: bool = Field(
         False, description="On NVIDIA GPUs, multiply in TF32: faster, but with 10 bits of what float32 has 23 of"
     )
     metadata: Metadata = Field(default_factory=dict)
-    deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
+    deadline_seconds: Deadline = None
 
     @field_validator("method", mode="before", json_schema_input_type=AnyMethod | PresetName)
     @classmethod
@@ -251,11 +272,6 @@ class Recipe(Frozen):
     def has_features(self) -> bool:
         """Whether the tasks bring exemplars or statistics."""
         return _bring_features(self.tasks)
-
-    @property
-    def sha256(self) -> str:
-        """Digest of the recipe with its defaults filled in."""
-        return canonical_sha256(self.model_dump(mode="json"))
 
 
 def _named(method: Method) -> str:

@@ -96,8 +96,8 @@ def _read_folder(objects: Objects, folder: str) -> Checkpoint:
         address=folder,
         files=checkpoint.files,
         tensors=checkpoint.tensors,
-        config=_read_json(objects, folder + CONFIG, MAX_CONFIG_BYTES),
-        side_files=tuple(map(_as_file, pinned[len(weights) :])),
+        config=read_json(objects, folder + CONFIG, MAX_CONFIG_BYTES),
+        side_files=tuple(map(as_file, pinned[len(weights) :])),
         metadata=checkpoint.metadata,
     )
 
@@ -106,8 +106,8 @@ def _read_adapter(objects: Objects, folder: str) -> Checkpoint:
     """An adapter by itself: its tensors have names of their own until it is put on its base."""
     weights, settings = objects.head(folder + ADAPTER_WEIGHTS), objects.head(folder + ADAPTER_CONFIG)
     found = _read_files(objects, folder, [weights])
-    config = _read_json(objects, folder + ADAPTER_CONFIG, MAX_CONFIG_BYTES)
-    return replace(found, files=(*found.files, _as_file(settings)), adapter=config)
+    config = read_json(objects, folder + ADAPTER_CONFIG, MAX_CONFIG_BYTES)
+    return replace(found, files=(*found.files, as_file(settings)), adapter=config)
 
 
 def _read_files(objects: Objects, address: str, infos: list[ObjectInfo]) -> Checkpoint:
@@ -116,7 +116,7 @@ def _read_files(objects: Objects, address: str, infos: list[ObjectInfo]) -> Chec
     tensors = _all_tensors(headers)
     if not tensors:
         raise MalformedHeader(address, "it holds no tensors")
-    return Checkpoint(address, tuple(map(_as_file, infos)), tensors, metadata=headers[0].metadata)
+    return Checkpoint(address, tuple(map(as_file, infos)), tensors, metadata=headers[0].metadata)
 
 
 def read_header(objects: Objects, address: str) -> tuple[CheckpointFile, Header]:
@@ -126,7 +126,7 @@ def read_header(objects: Objects, address: str) -> tuple[CheckpointFile, Header]
         ObjectMissing, MalformedHeader, PickleRefused, StoreError: as ``read_checkpoint``.
     """
     info = objects.head(address)
-    return _as_file(info), _read_header(objects, info)
+    return as_file(info), _read_header(objects, info)
 
 
 def _read_header(objects: Objects, info: ObjectInfo) -> Header:
@@ -177,7 +177,8 @@ def _no_weights(folder: str, present: frozenset[str]) -> MalformedHeader:
     return MalformedHeader(folder, f"it has neither {SINGLE} nor {INDEX}{hint}")
 
 
-def _read_json(objects: Objects, address: str, limit_bytes: int) -> dict[str, Any]:
+def read_json(objects: Objects, address: str, limit_bytes: int) -> dict[str, Any]:
+    """A file that holds a JSON object. Raises MalformedHeader, ObjectMissing, StoreError."""
     try:
         value = json.loads(objects.read_all(address, limit_bytes))
     except (ValueError, RecursionError, ObjectTooLarge) as error:
@@ -189,7 +190,7 @@ def _read_json(objects: Objects, address: str, limit_bytes: int) -> dict[str, An
 
 def _read_index(objects: Objects, folder: str) -> dict[str, str]:
     """Which file each tensor is in, as the index says."""
-    table = _read_json(objects, folder + INDEX, MAX_INDEX_BYTES).get("weight_map")
+    table = read_json(objects, folder + INDEX, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise MalformedHeader(folder + INDEX, "its weight_map is missing, empty or no table")
     for name, file in table.items():
@@ -218,5 +219,6 @@ def _is_side_file(name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in SIDE_FILES)
 
 
-def _as_file(info: ObjectInfo) -> CheckpointFile:
+def as_file(info: ObjectInfo) -> CheckpointFile:
+    """What a store says of a file, as a checkpoint has it."""
     return CheckpointFile(info.address, info.size, info.etag, info.version_id)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, func, or_, select
 
+from service.contract.asked import AnyRecipe
 from service.contract.errors import (
     Blame,
     IdempotencyKeyReused,
@@ -19,14 +20,13 @@ from service.contract.errors import (
     OutputExists,
 )
 from service.contract.job import Event, Job, Mark, Status
-from service.contract.recipe import Recipe
+from service.contract.resources import MERGES, Resource, resource_named
 from service.contract.stages import NewPart, PartMessage, Stage
 from service.stores.database import Database, now
 from service.stores.parts import ask_for, ready_messages, reopen, withdraw
 from service.stores.records import ACTIVE, event_of, lock_job, record, views
 from service.stores.schema import events, idempotency_keys, jobs, labels, parts
 
-ID_PREFIX = "mrg_"
 LAST_CHARACTER = "\U0010ffff"
 MARKS_AT_ONCE = 1000  # SQLite takes no more than 32,766 parameters
 FIRST_PART = NewPart(Stage.PLAN, 0, "plan", weight=1.0)
@@ -54,7 +54,7 @@ class Submission:
     """A job to store. ``prefix`` makes the output's place from the job's id."""
 
     caller: str
-    recipe: Recipe
+    recipe: AnyRecipe
     prefix: Callable[[str], str]
     warnings: tuple[str, ...] = ()
     expires_after_seconds: float | None = None
@@ -65,6 +65,7 @@ class Listing:
     """What of the caller's jobs to list: newest first, unless ``ascending``."""
 
     caller: str
+    resource: Resource = MERGES
     limit: int = 20
     after: str | None = None
     ascending: bool = False
@@ -94,7 +95,7 @@ class JobStore:
             kept = _kept(connection, key)
             if kept is not None:
                 return kept
-            job_id = _next_id(connection)
+            job_id = _next_id(connection, submission.recipe.resource)
             prefix = submission.prefix(job_id)
             _refuse_taken(connection, prefix, except_job=job_id)
             connection.execute(jobs.insert().values(**_new_row(job_id, prefix, submission)))
@@ -222,7 +223,7 @@ class JobStore:
 
 def _own(row: Row[Any] | None, caller: str, job_id: str) -> Row[Any]:
     if row is None or row.caller != caller:
-        raise NotFound(f"There is no merge {job_id!r}.")
+        raise NotFound(f"There is no {resource_named(job_id).name} {job_id!r}.")
     return row
 
 
@@ -265,14 +266,19 @@ def _keep(connection: Connection, key: IdempotencyKey, answer: KeptAnswer) -> No
     )
 
 
-def _next_id(connection: Connection) -> str:
-    """A UUIDv7 (RFC 9562) above every id given out before, whatever this machine's clock says."""
+def _next_id(connection: Connection, resource: Resource) -> str:
+    """A UUIDv7 (RFC 9562) above every id of its kind given out before, whatever this machine's clock says."""
     milliseconds = int(connection.execute(select(now())).scalar_one() * 1000)
     fresh = (milliseconds << 80) | (7 << 76) | (secrets.randbits(12) << 64) | (2 << 62) | secrets.randbits(62)
-    last = connection.execute(select(func.max(jobs.c.id))).scalar_one()
+    last = connection.execute(select(func.max(jobs.c.id)).where(_is_of(resource))).scalar_one()
     if last is not None:
-        fresh = max(fresh, int(last.removeprefix(ID_PREFIX), 16) + 1 + secrets.randbits(32))
-    return f"{ID_PREFIX}{fresh:032x}"
+        fresh = max(fresh, int(last.removeprefix(resource.id_prefix), 16) + 1 + secrets.randbits(32))
+    return f"{resource.id_prefix}{fresh:032x}"
+
+
+def _is_of(resource: Resource) -> ColumnElement[bool]:
+    """Whether a job is of this kind, told by a range of ids, which an index serves."""
+    return jobs.c.id.between(resource.id_prefix + 32 * "0", resource.id_prefix + 32 * "f")
 
 
 def _refuse_taken(connection: Connection, prefix: str, *, except_job: str) -> None:
@@ -336,23 +342,23 @@ def _reopened(row: Row[Any], stage: Stage | None) -> dict[str, Any]:
 
 
 def _listed(listing: Listing, is_sqlite: bool) -> Select[Any]:
-    query = select(jobs).where(jobs.c.caller == listing.caller)
+    query = select(jobs).where(jobs.c.caller == listing.caller, _is_of(listing.resource))
     if listing.after is not None:
         query = query.where(jobs.c.id > listing.after if listing.ascending else jobs.c.id < listing.after)
     if listing.status is not None:
         query = query.where(jobs.c.status == listing.status.value)
     if listing.created_after is not None:
         since = listing.created_after
-        query = query.where(jobs.c.created_at > since, jobs.c.id > _older_than(since))
+        query = query.where(jobs.c.created_at > since, jobs.c.id > _older_than(since, listing.resource))
     for name, value in listing.metadata.items():
         query = query.where(_labeled(name, value, is_sqlite))
     return query.order_by(jobs.c.id if listing.ascending else jobs.c.id.desc()).limit(listing.limit + 1)
 
 
-def _older_than(moment: float) -> str:
+def _older_than(moment: float, resource: Resource) -> str:
     """An id below those of all jobs created since: ids are in the order of creation, and this one is an hour early."""
     milliseconds = int(max(moment - 3600.0, 0.0) * 1000)
-    return f"{ID_PREFIX}{milliseconds << 80:032x}"
+    return f"{resource.id_prefix}{milliseconds << 80:032x}"
 
 
 def _labeled(name: str, value: str, is_sqlite: bool) -> Any:

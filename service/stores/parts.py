@@ -10,10 +10,10 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, func, or_, select, update
 from sqlalchemy import case as sql_case
 
+from service.contract.asked import stored_recipe
 from service.contract.errors import DeadlineExceeded, Failure, WorkerLost
 from service.contract.job import FailureRecord, Status
 from service.contract.parts import Claim, Counters, Done, SoFar
-from service.contract.recipe import Recipe
 from service.contract.stages import ORDER, STAGES, NewPart, PartMessage, Queue, Stage
 from service.stores.database import Database, now
 from service.stores.records import ACTIVE, lock_job, record, touch
@@ -56,7 +56,7 @@ class PartStore:
             if row is None:
                 return None
             self._note_start(connection, job, message.stage)
-            recipe = Recipe.model_validate(job.recipe)
+            recipe = stored_recipe(job.recipe)
             return Claim(job.id, message.stage, row.part, row.name, token, row.attempt, recipe, job.prefix)
 
     def _note_start(self, connection: Connection, job: Row[Any], stage: Stage) -> None:

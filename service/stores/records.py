@@ -8,8 +8,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, and_, func, select, update
 from sqlalchemy import case as sql_case
 
+from service.contract.asked import stored_recipe
 from service.contract.job import Event, FailureRecord, Job, Progress, Status
-from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from service.stores.database import now
 from service.stores.schema import events, jobs, parts
@@ -45,7 +45,7 @@ def job_of(row: Row[Any], progress: Progress, queue_position: int | None) -> Job
         caller=row.caller,
         status=Status(row.status),
         stage=Stage(row.stage) if row.stage else None,
-        recipe=Recipe.model_validate(row.recipe),
+        recipe=stored_recipe(row.recipe),
         recipe_sha256=row.recipe_sha256,
         progress=progress,
         attempt=row.attempt,

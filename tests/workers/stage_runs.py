@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from service.contract.asked import AnyRecipe
 from service.contract.parts import Claim, Done, SoFar
 from service.contract.recipe import Recipe
 from service.contract.stages import Stage
@@ -52,8 +53,9 @@ class Run:
     """A job in a folder: its models lie there, and its result is put there."""
 
     folder: Path
-    recipe: Recipe
+    recipe: AnyRecipe
     calibration_bytes: int | None = None
+    output: str = "result"
     done: dict[Stage, list[Done]] = field(default_factory=dict)
     bytes_read: dict[Stage, int] = field(default_factory=dict)
     study: Trials = field(default_factory=Trials)
@@ -82,7 +84,7 @@ class Run:
         return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
 
     def merged(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "result" / "model.safetensors")
+        return load_file(self.folder / self.output / "model.safetensors")
 
     def statistics(self) -> list[dict[str, Tensor]]:
         return [load_file(file) for file in sorted((self.folder / "workspace").rglob("cache/statistics/*.safetensors"))]
@@ -95,7 +97,7 @@ class Run:
     def work(self, stage: Stage, part: int) -> Work:
         """What a part is given."""
         place = f"file://{self.folder}/"
-        claim = Claim("job", stage, part, stage.value, "token", 1, self.recipe, f"{place}result/")
+        claim = Claim("job", stage, part, stage.value, "token", 1, self.recipe, f"{place}{self.output}/")
         return Work(
             claim=claim,
             objects=Objects({"file": LocalStore(roots=(self.folder,))}, buckets=None, workspace=f"{place}workspace/"),
@@ -105,7 +107,7 @@ class Run:
             outputs=lambda wanted: [dict(done.output) for done in self.done.get(wanted, [])],
             so_far=lambda: SoFar(0, 0, 0, 0, 0),
             calibration_bytes=self.calibration_bytes,
-            study=self.study if self.recipe.search else None,
+            study=self.study if isinstance(self.recipe, Recipe) and self.recipe.search else None,
         )
 
     def _do(self, stage: Stage, part: int) -> Done:

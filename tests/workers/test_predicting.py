@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.workers import tiny_models
 from tests.workers.tiny_models import IMAGE, TEXT, configuration, pixels, tokens
 from tests.workers.tiny_tokenizers import VOCABULARY, files, plain
 from workers.exemplars import refuse_if_model_does, refuse_misfits
+from workers.forward import class_scores
 from workers.measuring import Answers, Setting
 from workers.metrics import KINDS
 from workers.predicting import token_classes, token_losses
@@ -317,6 +319,61 @@ def test_a_causal_model_goes_on_where_the_prompt_ends(words: Any) -> None:
         ids = greedily(model, torch.tensor([words(row["text"])["input_ids"]]), 4)
         assert 3 not in ids  # else the text would end there
         assert written == words.decode(ids, skip_special_tokens=True) != ""
+
+
+def gpt2(positions: int) -> Any:
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": positions}
+    return build("GPT2LMHeadModel", configuration("gpt2", vocab_size=len(VOCABULARY), **sizes))
+
+
+def test_a_prompt_and_what_is_written_need_positions(words: Any) -> None:
+    samples = {"input_ids": tokens()["input_ids"].clamp(3, 30), "labels": torch.full((6, 1), 7)}
+    length = samples["input_ids"].shape[1]
+    sentence = rf"has 10 positions: too few for {length} tokens to go on from and 6 new ones \(max_new_tokens\)"
+    with pytest.raises(BadInput, match=sentence):
+        ask(gpt2(10), samples, setting("sequence_to_sequence", words, max_new_tokens=6))
+    with pytest.raises(BadInput, match=rf"too few for {length} tokens to go on from and a new one"):
+        ask(gpt2(length), samples, setting("sequence_to_sequence", words))
+    assert len(ask(gpt2(10), samples, setting("sequence_to_sequence", words)).predictions) == 6, (
+        "as many as there is room"
+    )
+
+
+def test_padding_before_a_prompt_takes_no_room(words: Any) -> None:
+    model, ids = gpt2(8), tokens()["input_ids"].clamp(3, 30)[:, :4]
+    padded = torch.cat([torch.zeros(6, 4).long(), ids], 1)
+    mask = torch.cat([torch.zeros(6, 4), torch.ones(6, 4)], 1).long()
+    asked = setting("sequence_to_sequence", words, max_new_tokens=4)
+    labels = {"labels": torch.full((6, 1), 7)}
+    plainly = ask(model, {"input_ids": ids, **labels}, asked).predictions
+    assert ask(model, {"input_ids": padded, "attention_mask": mask, **labels}, asked).predictions == plainly
+
+
+def test_generation_config_says_which_tokens_end_a_text_and_nothing_else(words: Any) -> None:
+    model = llama(vocab_size=len(VOCABULARY))
+
+    def insist(_: Any, __: Any, output: Any) -> None:
+        output.logits[..., 7] = 100.0
+
+    model.register_forward_hook(insist)
+    samples = {"input_ids": tokens()["input_ids"].clamp(4, 30), "labels": torch.full((6, 1), 7)}
+    asked = setting("sequence_to_sequence", words, max_new_tokens=3)
+    stated = {"eos_token_id": [7], "do_sample": True, "num_beams": 3, "min_new_tokens": 3}
+    assert ask(model, samples, asked).predictions == [words.decode([7, 7, 7])] * 6
+    answers = ask(model, samples, replace(asked, generation=stated))
+    assert answers.predictions == [words.decode([7])] * 6
+
+
+def test_a_causal_classifier_without_a_padding_token_scores_at_the_last_token() -> None:
+    sizes = {"num_hidden_layers": 1, "num_key_value_heads": 2, "num_labels": 3}
+    config = configuration("llama", **{**TEXT, "type_vocab_size": None, **sizes}, pad_token_id=None)
+    model = build("LlamaForSequenceClassification", config)
+    inputs = tokens()
+    assert not inputs["attention_mask"].all(), "some samples are padded at their end"
+    scores = class_scores(model, inputs, batch_size=4)
+    for index, mask in enumerate(inputs["attention_mask"].bool()):
+        alone = model(input_ids=inputs["input_ids"][index : index + 1, mask]).logits
+        torch.testing.assert_close(scores[index : index + 1], alone)
 
 
 def test_padding_after_a_prompt_is_refused(words: Any) -> None:

@@ -58,7 +58,7 @@ def test_every_text_is_there_in_both_languages_with_the_same_gaps() -> None:
 
 def test_every_text_is_used() -> None:
     """Those of metrics, gates, roles, models and charts are named in the code by the end of their names."""
-    code = (TEMPLATES / "report.html").read_text() + (TEMPLATES / "report.js").read_text()
+    code = "".join(file.read_text() for file in TEMPLATES.iterdir() if file.name.endswith((".html", ".js")))
     code += (files("workers") / "charts.py").read_text()
     families = ("metric_", "gate_", "role_", "model_", "analysis_", "judged_", "why_")
     charts = ("_chart", "_alt")

@@ -115,7 +115,7 @@ def test_the_result_is_the_merge_that_the_chosen_recipe_gives(make: Make, space:
     run.finish()
     assert report_of(run)["metrics"]["mean_accuracy"].keys() == {"base", "expert", "merged", "ties"}
     searched, chosen = run.merged(), report_of(run)["search"]["chosen"]
-    plain = replace(run, recipe=run.recipe.tried(chosen), done={}, study=Trials())
+    plain = replace(run, recipe=run.work(Stage.SEARCH, 0).recipe.tried(chosen), done={}, study=Trials())
     plan = Plan.model_validate_json((run.folder / "result/merge/plan.json").read_text())
     (run.folder / "result/merge/manifest.json").unlink()
     plain.finish()
@@ -134,7 +134,7 @@ def test_every_scaling_of_a_structure_is_as_if_merged_anew(make: Make, method: s
     run = make({"scaling": [0.7, 1.3]}, {"name": method}, {"overrides": held}, sampler="grid")
     run.go()
     for scaling in (0.7, 1.3):
-        recipe = run.recipe.tried({"scaling": scaling})
+        recipe = run.work(Stage.SEARCH, 0).recipe.tried({"scaling": scaling})
         work = run.work(Stage.SEARCH, 0)
         kept = structure_of(work, recipe, 9, merge_shard, _no_surveys, is_kept=True)  # by a trial before
         with TensorReader(work.objects) as reader:

@@ -21,8 +21,6 @@ from workers.measuring import Answers, KindRow, Measure, Samples, Setting, mean_
 from workers.metrics.classification import inputs_of
 from workers.predicting import IGNORED, refuse_unless_writing, written_texts
 
-MAX_NEW_TOKENS = 64
-
 # Scripts that put no spaces between words, by the character: kana, ideographs, Thai.
 UNSPACED = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
@@ -74,9 +72,14 @@ def gather(model: Any, samples: Samples, setting: Setting) -> Answers:
                 "text can only be read with a tokenizer, and the task's checkpoint has none beside its weights"
             )
         wanted = _decoded(samples[LABELS].long(), setting.tokenizer)
-        new_tokens = setting.row.max_new_tokens or MAX_NEW_TOKENS
         written = written_texts(
-            model, inputs_of(samples), setting.batch_size, setting.tokenizer, new_tokens, setting.on_batch
+            model,
+            inputs_of(samples),
+            setting.batch_size,
+            setting.tokenizer,
+            setting.row.max_new_tokens,
+            setting.on_batch,
+            setting.generation,
         )
         return Answers(written, wanted)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 from service.contract import artifacts
 from service.contract.errors import BadInput
+from service.contract.evaluation import TaskEvaluation
 from service.contract.parts import Done
 from workers.chosen import as_chosen
-from workers.figures_file import write_scores
+from workers.figures_file import ModelScores, write_scores
 from workers.machine import allow_tf32
 from workers.scoring import cached_scores, score
 from workers.speed import compare
@@ -38,12 +41,23 @@ def run(work: Work) -> Done:
             return Done(output={"speed": compare(trials)})
         row, model = evaluation.parts[work.part]
         trial = Trial.open(work, reader, evaluation, row)
-        scores = cached_scores(trial, model) if model in CACHED else score(trial, trial.load(model))
+        load = partial(trial.load, model)
+        scores = cached_scores(trial, trial.digest(model), load) if model in CACHED else score(trial, load())
         warnings = (*(trial.warnings if model == "merged" else ()), *(_leaks(trial) if model == "base" else ()))
     write_scores(work.objects, artifacts.figures(work.workspace, work.claim.job_id, work.part), scores)
+    return Done(noted(row, model, scores, warnings), warnings)
+
+
+def noted(row: TaskEvaluation, model: str, scores: ModelScores, warnings: Sequence[str]) -> dict[str, Any]:
+    """What a part of the evaluation leaves in the database."""
     points = {metric.value: _number(values[0]) for metric, values in scores.figures.items()}
-    found = {"task": row.task, "model": model, "samples": scores.samples, "scores": points, "warnings": list(warnings)}
-    return Done(found, warnings)
+    return {
+        "task": row.task,
+        "model": model,
+        "samples": scores.samples,
+        "scores": points,
+        "warnings": list(warnings),
+    }
 
 
 def _leaks(trial: Trial) -> Iterator[str]:

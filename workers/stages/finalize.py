@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from math import prod
 from typing import Any
@@ -13,8 +11,7 @@ from typing import Any
 from service.contract import artifacts
 from service.contract.job import Artifact, Status
 from service.contract.parts import Done
-from service.contract.plan import HeadPlan, Pinned, Plan
-from service.contract.recipe import Recipe
+from service.contract.plan import HeadPlan, Plan
 from service.contract.stages import Stage
 from service.stores.objects import failures
 from workers.analysis import Analysis, merged_places
@@ -24,16 +21,15 @@ from workers.conflict import Conflict, total
 from workers.figures_file import read_scores
 from workers.gates import judge
 from workers.licenses import read_license
+from workers.provenance import digested, digests, made_by, manifest_of, told, write
 from workers.report import Facts, build_report, render_card, render_html
 from workers.scores import doubts, measured, task_scores
 from workers.search_summary import summary
 from workers.tensors import NAMES, TensorReader, TensorWriter, chunks, write_artifact
 from workers.trim_log import summarize
-from workers.version import ENGINE, library_versions
 from workers.work import Work
 
 LOG_LIMIT_BYTES = 4 << 30
-HASHERS = 4
 TYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -51,12 +47,12 @@ def run(work: Work) -> Done:
     analysis = _analysis(work, plan) if stage is Stage.ANALYZE else None
     files = _described(work, plan)
     if analysis is not None:
-        files.append(_write(work, artifacts.ANALYSIS, json.dumps(analysis.as_dict(), indent=2)))
+        files.append(write(work, artifacts.ANALYSIS, json.dumps(analysis.as_dict(), indent=2)))
     else:
         files += _model(work, plan, merged)
     log = _trim_log(work, plan)
     files.append(write_artifact(work.objects, plan.prefix, artifacts.TRIM_LOG, log))
-    inputs = _digests(work, plan)
+    inputs = digests(work, plan)
     metrics, doubtful = _metrics(work, plan)
     found = summary(asked, trials, metrics, skipped=_skipped(work)) if asked.search else None
     verdicts = judge(work.recipe.gates, metrics, sum(file.size for file in files if file.role in ("weights", "head")))
@@ -70,8 +66,8 @@ def run(work: Work) -> Done:
         files=tuple(files),
         licenses=_licenses(work),
         layers=summarize(BytesIO(log)),
-        inputs=[{name: file[name] for name in ("role", "address", "size", "sha256")} for file in inputs],
-        made_by={"device": work.device, "engine": ENGINE, "versions": library_versions()},
+        inputs=told(inputs),
+        made_by=made_by(work),
         conflict=_conflict(work, merged) if analysis is None else analysis.conflict(),
         analysis=None if analysis is None else analysis.summary(),
         warnings=doubtful,
@@ -79,12 +75,12 @@ def run(work: Work) -> Done:
         asked=asked,
     )
     report = build_report(facts)
-    files.append(_write(work, artifacts.REPORT_JSON, json.dumps(report, indent=2)))
-    files.append(_write(work, artifacts.REPORT_HTML, render_html(report)))
+    files.append(write(work, artifacts.REPORT_JSON, json.dumps(report, indent=2)))
+    files.append(write(work, artifacts.REPORT_HTML, render_html(report)))
     if analysis is None:
-        files.append(_write(work, artifacts.MODEL_CARD, render_card(report)))
+        files.append(write(work, artifacts.MODEL_CARD, render_card(report)))
     status = Status.SUCCEEDED if all(verdict["passed"] for verdict in verdicts) else Status.REJECTED
-    manifest = _manifest(work, asked, inputs, files)
+    manifest = manifest_of(work, asked, inputs, files, {"method": work.recipe.method.model_dump(mode="json")})
     work.watch.announce_commit()
     whole = [*files, write_artifact(work.objects, plan.prefix, artifacts.MANIFEST, manifest)]
     with failures():
@@ -96,7 +92,7 @@ def _model(work: Work, plan: Plan, merged: Sequence[dict[str, Any]]) -> list[Art
     """The merged model's files: weights and what was removed, which are there, and what goes beside them."""
     files = [Artifact.model_validate(file) for output in merged for file in output["files"]]
     files += _side_files(work, plan)
-    files += [_head(work, plan, head) for head in plan.heads]
+    files += [file for head in plan.heads for file in _head(work, plan, head)]
     return files + _index(work, plan)
 
 
@@ -158,12 +154,6 @@ def _licenses(work: Work) -> dict[str, str | None]:
     return {name: read_license(work.objects, address) for name, address in addresses.items()}
 
 
-def _write(work: Work, name: str, text: str) -> Artifact:
-    artifact = write_artifact(work.objects, work.claim.prefix, name, text.encode())
-    work.watch.step(bytes_written=artifact.size)
-    return artifact
-
-
 def _skipped(work: Work) -> int:
     """How many trials a search had no time for."""
     return sum("skipped" in output for output in work.outputs(Stage.SEARCH))
@@ -172,20 +162,8 @@ def _skipped(work: Work) -> int:
 def _described(work: Work, plan: Plan) -> list[Artifact]:
     """The recipe and the plan, which the first stage wrote, digested as they lie; after a search another plan."""
     if work.planned is not None:
-        _write(work, artifacts.PLAN, plan.model_dump_json())
-    return [_digested(work, work.claim.prefix, name) for name in (artifacts.RECIPE, artifacts.PLAN)]
-
-
-def _digested(work: Work, prefix: str, name: str) -> Artifact:
-    with failures():
-        data = work.objects.read_all(prefix + name, LOG_LIMIT_BYTES)
-    return Artifact(
-        name=name,
-        role=artifacts.role(name),
-        media_type=artifacts.media_type(name),
-        size=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-    )
+        write(work, artifacts.PLAN, plan.model_dump_json())
+    return [digested(work, work.claim.prefix, name) for name in (artifacts.RECIPE, artifacts.PLAN)]
 
 
 def _side_files(work: Work, plan: Plan) -> Iterator[Artifact]:
@@ -205,8 +183,8 @@ def _retyped(config: bytes, dtype: str) -> bytes:
     return json.dumps({**values, "dtype": dtype}, indent=2).encode()
 
 
-def _head(work: Work, plan: Plan, head: HeadPlan) -> Artifact:
-    """A task's own tensors, as its checkpoint has them."""
+def _head(work: Work, plan: Plan, head: HeadPlan) -> Iterator[Artifact]:
+    """A task's own tensors, as its checkpoint has them, and the configuration of the model that they make."""
     task = next(task for task in work.recipe.tasks if task.name == head.task)
     with TensorReader(work.objects) as reader:
         base = reader.open(work.recipe.base, plan.inputs["base"])
@@ -219,7 +197,9 @@ def _head(work: Work, plan: Plan, head: HeadPlan) -> Artifact:
             writer.add(name, tensor)
         artifact = writer.commit()
     work.watch.step(bytes_read=head.bytes, bytes_written=artifact.size)
-    return artifact
+    yield artifact
+    if checkpoint.config is not None:
+        yield write(work, artifacts.head_config(task.name), json.dumps(checkpoint.config, indent=2))
 
 
 def _index(work: Work, plan: Plan) -> list[Artifact]:
@@ -229,7 +209,7 @@ def _index(work: Work, plan: Plan) -> list[Artifact]:
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     total = sum(shard.bytes_out for shard in plan.shards)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return [_write(work, artifacts.INDEX, json.dumps(index, indent=2))]
+    return [write(work, artifacts.INDEX, json.dumps(index, indent=2))]
 
 
 def _trim_log(work: Work, plan: Plan) -> bytes:
@@ -261,40 +241,6 @@ def _trimmed(merged: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | No
         }
         for role, total in sums.items()
     }
-
-
-def _digests(work: Work, plan: Plan) -> list[dict[str, Any]]:
-    """Every input with its SHA-256, so that anyone can tell what this result was made from."""
-    names: dict[str, Pinned] = {f"{role}:{file.address}": file for role, pins in plan.inputs.items() for file in pins}
-
-    def digest(file: Pinned) -> str:
-        sha256 = hashlib.sha256()
-        for piece in chunks(work.objects, file):
-            sha256.update(piece)
-            work.watch.step(bytes_read=len(piece))
-        return sha256.hexdigest()
-
-    with ThreadPoolExecutor(HASHERS) as pool:
-        digests = list(pool.map(digest, names.values()))
-    return [
-        {"role": role.removesuffix(f":{file.address}"), **file.model_dump(), "sha256": sha256}
-        for (role, file), sha256 in zip(names.items(), digests, strict=True)
-    ]
-
-
-def _manifest(work: Work, asked: Recipe, inputs: list[dict[str, Any]], files: Sequence[Artifact]) -> bytes:
-    manifest = {
-        "job": work.claim.job_id,
-        "recipe_sha256": asked.sha256,
-        "method": work.recipe.method.model_dump(mode="json"),
-        "seed": work.recipe.seed,
-        "device": work.device,
-        "engine": ENGINE,
-        "versions": library_versions(),
-        "inputs": inputs,
-        "files": [file.model_dump() for file in files],
-    }
-    return json.dumps(manifest, indent=2).encode()
 
 
 def _result(report: dict[str, Any], plan: Plan, files: Sequence[Artifact]) -> dict[str, Any]:

@@ -55,9 +55,9 @@ def run(work: Work) -> Done:
         warnings=skeleton.warnings,
         samples=samples,
     )
-    _clear(work)
-    _write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
-    _write(work, artifacts.PLAN, plan.model_dump_json())
+    clear(work)
+    write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
+    write(work, artifacts.PLAN, plan.model_dump_json())
     return Done(warnings=plan.warnings, parts=tuple(_parts(recipe, plan)))
 
 
@@ -71,10 +71,11 @@ def _read_samples(objects: Objects, recipe: Recipe) -> dict[str, CheckpointFile]
             addresses[f"validation:{row.task}"] = row.validation
         if row.head:
             addresses[f"head:{row.task}"] = row.head.weight
-    return {name: _read_file(objects, address) for name, address in addresses.items()}
+    return {name: read_file(objects, address) for name, address in addresses.items()}
 
 
-def _read_file(objects: Objects, address: str) -> CheckpointFile:
+def read_file(objects: Objects, address: str) -> CheckpointFile:
+    """A file beside the checkpoints, as it is now."""
     if not is_text(address):
         return read_header(objects, address)[0]
     info = objects.head(address)
@@ -98,7 +99,7 @@ def _refuse_unequal(work: Work, base: Checkpoint, tasks: Sequence[Checkpoint], f
             work.watch.step()
 
 
-def _clear(work: Work) -> None:
+def clear(work: Work) -> None:
     """Take away an earlier result that the recipe allows to overwrite: its manifest first, so it never looks whole."""
     objects, prefix = work.objects, work.claim.prefix
     with failures():
@@ -106,7 +107,7 @@ def _clear(work: Work) -> None:
             manifest = _read_manifest(prefix, objects.read_all(prefix + artifacts.MANIFEST, MANIFEST_LIMIT_BYTES))
         except ObjectMissing:
             return
-        if not work.recipe.output.overwrite and manifest.get("job") != work.claim.job_id:
+        if not work.claim.recipe.output.overwrite and manifest.get("job") != work.claim.job_id:
             raise OutputTaken(
                 f"{prefix} was free when the job was submitted, and holds the result of {manifest.get('job')} by now; "
                 "submit with another prefix, or with output.overwrite"
@@ -128,7 +129,8 @@ def _read_manifest(prefix: str, data: bytes) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _write(work: Work, name: str, text: str) -> None:
+def write(work: Work, name: str, text: str) -> None:
+    """Write an artifact of the job."""
     artifact = write_artifact(work.objects, work.claim.prefix, name, text.encode())
     work.watch.step(bytes_written=artifact.size)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ def _retentions(work: Work, reader: TensorReader, merged: dict[str, Tensor]) -> 
     found = {}
     for row in evaluation.tasks:
         trial = Trial.open(on_validation, reader, evaluation, row)
-        expert = cached_scores(trial, "expert")
+        expert = cached_scores(trial, trial.digest("expert"), partial(trial.load, "expert"))
         scores = score(trial, trial.load_merged(merged))
         figures = {"expert": expert.figures, "merged": scores.figures}
         found[row.task] = float(TaskScores(row, scores.samples, figures).retention("merged")[0])

@@ -31,6 +31,15 @@ ROUTES = {
     ("get", "/v1/merges/{job_id}/artifacts"),
     ("get", "/v1/merges/{job_id}/artifacts/{name}"),
     ("get", "/v1/merges/{job_id}/trim-log"),
+    ("post", "/v1/evaluations"),
+    ("get", "/v1/evaluations"),
+    ("get", "/v1/evaluations/{job_id}"),
+    ("delete", "/v1/evaluations/{job_id}"),
+    ("post", "/v1/evaluations/{job_id}/cancel"),
+    ("post", "/v1/evaluations/{job_id}/retry"),
+    ("get", "/v1/evaluations/{job_id}/events"),
+    ("get", "/v1/evaluations/{job_id}/artifacts"),
+    ("get", "/v1/evaluations/{job_id}/artifacts/{name}"),
     ("get", "/v1/methods"),
     ("get", "/v1/treatments"),
     ("get", "/healthz"),
@@ -63,6 +72,7 @@ def test_the_openapi_document_says_what_goes_in_and_out(empty_front: Front) -> N
     assert set(schemas["Recipe"]["properties"]) == set(Recipe.model_fields)
     assert set(schemas["Recipe"]["required"]) == {"base", "tasks"}
     assert "self" in schemas["Links"]["properties"]
+    assert {"self", "trim_log"} <= set(schemas["MergeLinks"]["properties"])
     assert "HTTPValidationError" not in schemas
     assert {"Idempotency-Key", "Prefer"} == {parameter["name"] for parameter in submit["parameters"]}
     for item in found["paths"].values():

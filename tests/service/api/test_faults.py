@@ -71,7 +71,7 @@ def test_a_fault_points_into_the_request(value: object, expected: list[tuple[str
             "'labeled'",
         ),
         (recipe(output={"prefx": "s3://a/b"}), "did you mean 'prefix'?"),
-        (recipe(output={"xyz": 1}), "there are: prefix, dtype, shard_bytes, overwrite, language."),
+        (recipe(output={"xyz": 1}), "there are: prefix, overwrite, language, dtype, shard_bytes."),
         (recipe(treatments=[{"match": "*", "use": "scale_mask", "parameters": {"balanc": 1}}]), "'balance'"),
     ],
 )

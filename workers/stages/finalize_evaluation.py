@@ -1,0 +1,88 @@
+"""Finishes an evaluation by itself: gates and report; and last of all the manifest."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from service.contract import artifacts
+from service.contract.evaluating import EvaluationRecipe
+from service.contract.evaluation_plan import inputs_of
+from service.contract.job import Artifact, Status
+from service.contract.parts import Done
+from service.contract.plan import Plan
+from service.contract.stages import Stage
+from service.stores.objects import failures
+from workers.cleanup import remove_scratch
+from workers.evaluation_report import EvaluationFacts, build_evaluation_report
+from workers.figures_file import ModelScores, read_scores
+from workers.licenses import read_license
+from workers.page import render_page
+from workers.provenance import digested, digests, made_by, manifest_of, told, write
+from workers.standing import evaluated, judged, uncertain
+from workers.tensors import write_artifact
+from workers.work import Work
+
+
+def run(work: Work) -> Done:
+    """Write the report and the manifest; when that is there, the result is whole.
+
+    Raises:
+        InputChanged, StorageFailure; Stopped where the job was cancelled before the manifest.
+    """
+    recipe, plan = work.evaluation_recipe, work.plan()
+    found = _scores(work, recipe)
+    metrics = evaluated(recipe, found, {model.name: _size(plan, recipe, model.name) for model in recipe.models})
+    verdicts, warnings = judged(recipe, metrics), [*_noted(work), *uncertain(recipe, found)]
+    files = [digested(work, plan.prefix, name) for name in (artifacts.RECIPE, artifacts.PLAN)]
+    inputs = digests(work, plan)
+    report = build_evaluation_report(
+        EvaluationFacts(
+            recipe=recipe,
+            plan=plan,
+            metrics=metrics,
+            gates=verdicts,
+            so_far=work.so_far(),
+            inputs=told(inputs),
+            made_by=made_by(work),
+            licenses={model.name: read_license(work.objects, model.checkpoint) for model in recipe.models},
+            warnings=warnings,
+        )
+    )
+    files.append(write(work, artifacts.REPORT_JSON, json.dumps(report, indent=2)))
+    files.append(write(work, artifacts.REPORT_HTML, render_page(report)))
+    status = Status.SUCCEEDED if all(verdict["passed"] for verdict in verdicts) else Status.REJECTED
+    manifest = manifest_of(work, recipe, inputs, files, {})
+    work.watch.announce_commit()
+    whole = [*files, write_artifact(work.objects, plan.prefix, artifacts.MANIFEST, manifest)]
+    with failures():
+        remove_scratch(work.objects, work.workspace, work.claim.job_id)
+    return Done(status=status, result=_result(report, plan, whole), warnings=tuple(warnings))
+
+
+def _scores(work: Work, recipe: EvaluationRecipe) -> dict[tuple[str, str], ModelScores]:
+    """What every part of the evaluation left, by task and model."""
+    return {
+        (row.task, model.name): read_scores(work.objects, artifacts.figures(work.workspace, work.claim.job_id, index))
+        for index, (row, model) in enumerate(recipe.parts)
+    }
+
+
+def _noted(work: Work) -> list[str]:
+    """What the parts of the evaluation have to say, each sentence once."""
+    return list(dict.fromkeys(text for output in work.outputs(Stage.EVALUATE) for text in output["warnings"]))
+
+
+def _size(plan: Plan, recipe: EvaluationRecipe, model: str) -> int:
+    """The bytes of a model's weights and of the heads that it is measured with."""
+    names = dict.fromkeys(name for row in recipe.evaluation.tasks for name in inputs_of(model, row.task))
+    files = (file for name in names for file in plan.inputs.get(name, ()))
+    return sum(file.size for file in files if file.address.endswith(".safetensors"))
+
+
+def _result(report: dict[str, Any], plan: Plan, files: list[Artifact]) -> dict[str, Any]:
+    return {
+        "prefix": plan.prefix,
+        **{key: report[key] for key in ("metrics", "gates", "cost")},
+        "artifacts": [file.model_dump() for file in files],
+    }
