@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -15,7 +16,7 @@ from service.contract.evaluation import Evaluation, Gate, baseline_method, gate_
 from service.contract.methods import AnyMethod, Cat, Method
 from service.contract.patterns import checked_pattern, matches
 from service.contract.presets import PresetName, expanded
-from service.contract.search import WEIGHT, Parameters, Search, changed, search_faults
+from service.contract.search import SCALING, WEIGHT, Parameters, Search, changed, default_search, search_faults
 from service.contract.treatments import TREATMENTS, Treatment, treatment_adapter
 
 MAX_TASKS = 64
@@ -108,7 +109,11 @@ class Recipe(Frozen):
     )
     evaluation: Evaluation | None = None
     gates: tuple[Gate, ...] = Field((), max_length=100)
-    search: Search | None = Field(None, description="Parameters to search for, in place of those that are given")
+    search: Search | None = Field(
+        default_factory=lambda known: _usual_search(known),
+        description="Parameters to search for, in place of those that are given; null for none. Omitted, and no "
+        "scaling given, but validation samples of every task: a few scalings around the method's default",
+    )
     output: Output = Field(default_factory=Output)
     seed: int = Field(0, ge=0, lt=2**63)
     allow_tf32: bool = Field(
@@ -223,9 +228,9 @@ class Recipe(Frozen):
         known = info.data
         if search is None or not {"tasks", "method", "overrides", "evaluation"} <= known.keys():
             return search  # what is wrong there is said there
-        names = [task.name for task in known["tasks"]]
+        tasks = {task.name: task.exemplars is not None for task in known["tasks"]}
         evaluation, method = known["evaluation"], known["method"]
-        for fault in search_faults(search, method, names, evaluation, is_overridden=bool(known["overrides"])):
+        for fault in search_faults(search, method, tasks, evaluation, is_overridden=bool(known["overrides"])):
             raise ValueError(fault)
         for other in search.methods(method):
             cls._method_fits_tasks(other, info)
@@ -233,7 +238,7 @@ class Recipe(Frozen):
 
     def tried(self, parameters: Parameters) -> Recipe:
         """The recipe of a trial. Raises BadInput where the parameters do not go together."""
-        asked = self.model_dump(mode="json", exclude={"search"})
+        asked = {**self.model_dump(mode="json"), "search": None}
         asked["method"] = changed(self.method, parameters)
         for task in asked["tasks"]:
             task["weight"] = parameters.get(WEIGHT + task["name"], task["weight"])
@@ -256,6 +261,17 @@ class Recipe(Frozen):
     def sha256(self) -> str:
         """Digest of the recipe with its defaults filled in."""
         return canonical_sha256(self.model_dump(mode="json"))
+
+
+def _usual_search(known: Mapping[str, Any]) -> Search | None:
+    """The search of a recipe that says nothing about one; None where there is nothing to compare, or to look for."""
+    if known["mode"] == "analysis" or _sets_scaling(known["overrides"]):
+        return None
+    return default_search(known["method"], [task.name for task in known["tasks"]], known["evaluation"])
+
+
+def _sets_scaling(overrides: Sequence[MethodOverride]) -> bool:
+    return any({SCALING, "then"} & row.parameters.keys() for row in overrides)
 
 
 def _named(method: Method) -> str:
