@@ -188,6 +188,11 @@ class Aim:
         found = followed if self.follows else method
         return found if found is not None and self.parameter in type(found).model_fields else None
 
+    def kind(self, method: AnyMethod) -> Any:
+        """What type the parameter is of in ``method``; None where that has none."""
+        target = self.target(method)
+        return None if target is None else type(target).model_fields[self.parameter].annotation
+
     def value(self, method: AnyMethod) -> Value:
         """What the parameter is in ``method``; None where that has none."""
         target = self.target(method)
@@ -201,9 +206,7 @@ def method_named(name: str, asked: AnyMethod) -> AnyMethod:
 
 def is_whole(name: str, method: AnyMethod) -> bool:
     """Whether what a name is about in a merge by this method is a whole number."""
-    aim = Aim.of(name)
-    target = aim.target(method)
-    return target is not None and type(target).model_fields[aim.parameter].annotation is int
+    return Aim.of(name).kind(method) is int
 
 
 def default_search(asked: AnyMethod, tasks: Sequence[str], evaluation: Evaluation | None) -> Search | None:
@@ -287,7 +290,7 @@ def _parameter_faults(search: Search, name: str, methods: Sequence[AnyMethod]) -
     for method in knowing:
         if aim.parameter == SCALING and not aim.follows and isinstance(method, Cat):
             yield from _scaling_faults(name, method)
-        if isinstance(choice, Range) and type(aim.target(method)).model_fields[aim.parameter].annotation is bool:
+        if isinstance(choice, Range) and aim.kind(method) is bool:
             yield f"{name} is true or false; give a list of values"
         for value in _ends(choice):
             yield from _value_faults(name, aim, value, method)
@@ -331,7 +334,7 @@ def _ends(choice: Choice) -> tuple[Value, ...]:
 def changed(asked: AnyMethod, parameters: Parameters) -> dict[str, Any]:
     """The method of a trial as a recipe has it: what was asked for, with the trial's parameters filled in."""
     name = str(parameters.get(METHOD, asked.name))
-    found = asked.model_dump(mode="json") if name == asked.name else {"name": name}
+    found: dict[str, Any] = asked.model_dump(mode="json") if name == asked.name else {"name": name}
     for key, value in parameters.items():
         if key != METHOD and not key.startswith(WEIGHT):
             aim = Aim.of(key)
