@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from service.contract.parts import Claim, Done, SoFar
 from service.contract.recipe import Recipe
+from service.contract.search import AROUND_DEFAULT as FACTORS
 from service.contract.stages import Stage
 from service.stores.local import LocalStore
 from service.stores.objects import Objects
@@ -39,7 +40,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "Iso-C": {"name": "iso_c"},
     "Shrinkage": {"name": "shrinkage"},
 }
-FACTORS = (0.5, 0.75, 1.0, 1.25, 1.5)  # of the default
 
 Measured = dict[float, list[float]]  # each task's figure, by scaling
 
@@ -62,14 +62,18 @@ class Models:
                 save_file(kept, scratch / task.name / f"{kind}.safetensors")
         return cls(base, tasks, scratch)
 
-    def searched(self, method: Mapping[str, Any], split: str, objective: str) -> Measured:
-        """What each scaling's merge scores on a split's samples, by a search."""
-        scaling = float(Recipe.model_validate(self._recipe(method, split)).method.model_dump()["scaling"])
-        space = {"scaling": [round(scaling * factor, 6) for factor in FACTORS]}
-        search = {"space": space, "sampler": "grid", "objective": objective}
-        trials = self._run(Recipe.model_validate({**self._recipe(method, split), "search": search}))
-        measures = "likeness" if objective == "feature_likeness" else "retention"
-        return {trial.parameters["scaling"]: list(trial.output[measures].values()) for trial in trials.known}  # type: ignore[misc]
+    def scalings(self, method: Mapping[str, Any]) -> list[float]:
+        """Those to choose from, the default first."""
+        default = float(Recipe.model_validate(self._recipe(method, "val")).method.model_dump()["scaling"])
+        return [round(default * factor, 6) for factor in FACTORS]
+
+    def measured(self, method: Mapping[str, Any], split: str, objective: str, scalings: Sequence[float]) -> Measured:
+        """Each task's figure at each scaling, by a search on a split's samples, or on exemplars."""
+        search = {"space": {"scaling": scalings}, "sampler": "grid", "objective": objective}
+        recipe = Recipe.model_validate({**self._recipe(method, split), "search": search})
+        measures = recipe.search.measures if recipe.search else ""
+        found = [list(trial.output[measures].values()) for trial in self._run(recipe).known]
+        return dict(zip(scalings, found, strict=True))
 
     def _recipe(self, method: Mapping[str, Any], split: str) -> dict[str, Any]:
         return {
@@ -98,8 +102,6 @@ class Models:
             if part.stage in (Stage.CALIBRATE, Stage.SEARCH):
                 done = RUN[part.stage](self._work(recipe, part.stage, part.part, trials, outputs))
                 outputs.setdefault(part.stage, []).append(done)
-        for file in (self.scratch / "workspace" / "scratch").rglob("*.*"):
-            file.unlink()
         return trials
 
     def _work(
@@ -120,20 +122,20 @@ class Models:
 
 
 def best(measured: Measured) -> float:
-    """The scaling of the best mean; of equal ones that nearest to the default."""
-    default = sorted(measured)[len(measured) // 2]
-    return max(measured, key=lambda scaling: (sum(measured[scaling]), -abs(scaling - default)))
+    """The scaling of the best mean; of equal ones the first."""
+    return max(measured, key=lambda scaling: sum(measured[scaling]))
 
 
 def compare(models: Models, methods: Mapping[str, Mapping[str, Any]]) -> None:
     print("| method | labels | likeness | default |")
     print("|---|---|---|---|")
     for name, method in methods.items():
-        test = models.searched(method, "test", "mean_retention")
-        by_labels = best(models.searched(method, "val", "mean_retention"))
-        by_likeness = best(models.searched(method, "val", "feature_likeness"))
-        default = sorted(test)[len(test) // 2]
-        cells = (said(scaling, test[scaling]) for scaling in (by_labels, by_likeness, default))
+        scalings = models.scalings(method)
+        by_labels = best(models.measured(method, "val", "mean_retention", scalings))
+        by_likeness = best(models.measured(method, "val", "feature_likeness", scalings))
+        chosen = [by_labels, by_likeness, scalings[0]]
+        test = models.measured(method, "test", "mean_retention", sorted(set(chosen)))
+        cells = (said(scaling, test[scaling]) for scaling in chosen)
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
