@@ -37,8 +37,6 @@ def faults_of(error: pydantic.ValidationError, model: type[BaseModel], value: ob
     """The faults in a pydantic error about ``value``, which was to be a ``model``."""
     everything = error.errors(include_url=False, include_context=False, include_input=False)
     for details in everything:
-        if details["type"] == "default_factory_not_called":
-            continue  # a default that depends on other fields, of which one is wrong: that one is named
         if details["type"] == "too_short" and any(_is_below(other["loc"], details["loc"]) for other in everything):
             continue  # pydantic counts the valid items only, and the others are named already
         path = _path(model, details["loc"])

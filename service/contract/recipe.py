@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -110,7 +109,7 @@ class Recipe(Frozen):
     evaluation: Evaluation | None = None
     gates: tuple[Gate, ...] = Field((), max_length=100)
     search: Search | None = Field(
-        default_factory=lambda known: _usual_search(known),
+        None,
         description="Parameters to search for, in place of those that are given; null for none. Omitted, and no "
         "scaling given, but validation samples of every task: a few scalings around the method's default",
     )
@@ -236,6 +235,20 @@ class Recipe(Frozen):
             cls._method_fits_tasks(other, info)
         return search
 
+    @model_validator(mode="after")
+    def _fill_search(self) -> Self:
+        """A recipe that says nothing about a search may get one; null says no, and so does one that was stored."""
+        if "search" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"search": self._usual_search()})
+
+    def _usual_search(self) -> Search | None:
+        """The search that nobody asked for; None where there is nothing to compare by, or to look for."""
+        is_given = any({SCALING, "then"} & row.parameters.keys() for row in self.overrides)
+        if self.mode == "analysis" or is_given:
+            return None
+        return default_search(self.method, [task.name for task in self.tasks], self.evaluation)
+
     def tried(self, parameters: Parameters) -> Recipe:
         """The recipe of a trial. Raises BadInput where the parameters do not go together."""
         asked = {**self.model_dump(mode="json"), "search": None}
@@ -261,17 +274,6 @@ class Recipe(Frozen):
     def sha256(self) -> str:
         """Digest of the recipe with its defaults filled in."""
         return canonical_sha256(self.model_dump(mode="json"))
-
-
-def _usual_search(known: Mapping[str, Any]) -> Search | None:
-    """The search of a recipe that says nothing about one; None where there is nothing to compare, or to look for."""
-    if known["mode"] == "analysis" or _sets_scaling(known["overrides"]):
-        return None
-    return default_search(known["method"], [task.name for task in known["tasks"]], known["evaluation"])
-
-
-def _sets_scaling(overrides: Sequence[MethodOverride]) -> bool:
-    return any({SCALING, "then"} & row.parameters.keys() for row in overrides)
 
 
 def _named(method: Method) -> str:
