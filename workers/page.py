@@ -31,7 +31,7 @@ METRICS_MAY_LACK = (
     "parameters",
 )
 GATES_MAY_LACK = ("at_least", "at_most", "task", "use", "model")
-SEARCH_MAY_LACK = ("chosen", "validation", "test")
+SEARCH_MAY_LACK = ("measures", "chosen", "validation", "test")
 
 RECIPE_LIMIT_CHARACTERS = 60_000
 INPUTS_SHOWN = 200

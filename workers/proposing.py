@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from service.contract.methods import AnyMethod
 from service.contract.recipe import Recipe
-from service.contract.search import METHOD, WEIGHT, Range, Search, Value, applies, is_whole
+from service.contract.search import METHOD, WEIGHT, Aim, Range, Search, Value, is_whole, method_named
 from service.contract.trials import TrialRecord
 
 ENOUGH_TRIALS = 8  # with a value, before importances say anything
@@ -67,11 +67,11 @@ def _as_asked(recipe: Recipe, search: Search) -> Proposal | None:
     """The recipe's own parameters; None where one of them lies outside of the space."""
     outside = False
     weights = {WEIGHT + task.name: task.weight for task in recipe.tasks}
-    known = {**recipe.method.model_dump(), METHOD: recipe.method.name, **weights}
+    known: dict[str, Value] = {METHOD: recipe.method.name, **weights}
 
     def asked(name: str, choice: Distribution) -> Value:
         nonlocal outside
-        value: Value = known.get(name)
+        value = known[name] if name in known else Aim.of(name).value(recipe.method)
         outside = outside or not _contains(choice, value)
         return value
 
@@ -91,15 +91,15 @@ def _chosen(asked: AnyMethod, search: Search, choose: Suggest) -> Proposal:
     """The method first, and then what this method has parameters for."""
     found: Proposal = {}
     if METHOD in search.space:
-        found[METHOD] = choose(METHOD, _distribution(METHOD, search, asked.name))
-    method = str(found.get(METHOD, asked.name))
-    for name in search.space:
-        if name != METHOD and applies(name, method):
+        found[METHOD] = choose(METHOD, _distribution(METHOD, search, asked))
+    method = method_named(str(found.get(METHOD, asked.name)), asked)
+    for name in search.names(method):
+        if name != METHOD:
             found[name] = choose(name, _distribution(name, search, method))
     return found
 
 
-def _distribution(name: str, search: Search, method: str) -> Distribution:
+def _distribution(name: str, search: Search, method: AnyMethod) -> Distribution:
     choice = search.space[name]
     if not isinstance(choice, Range):
         return CategoricalDistribution(choice)
@@ -136,7 +136,7 @@ def _seed(seed: int, number: int) -> int:
 
 
 def _frozen(recipe: Recipe, search: Search, trial: TrialRecord) -> FrozenTrial:
-    method = str(trial.parameters.get(METHOD, recipe.method.name))
+    method = method_named(str(trial.parameters.get(METHOD, recipe.method.name)), recipe.method)
     return optuna.trial.create_trial(
         state=STATES[trial.state],
         params=dict(trial.parameters),

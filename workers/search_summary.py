@@ -27,23 +27,24 @@ def summary(
     return {
         "objective": _said(search),
         "sampler": search.sampler,
-        "trials": [_row(trial, so_far) for trial, so_far in zip(trials, best_so_far(trials), strict=True)],
+        "trials": [_row(search, trial, so_far) for trial, so_far in zip(trials, best_so_far(trials), strict=True)],
         "skipped": skipped,
         "importances": importances(asked, search, trials),
         "chosen": dict(best.parameters),
         "validation": best.value,
-        "test": _on_test(search.weights, metrics or {}),
+        "measures": search.measures,
+        "test": _on_test(search, metrics or {}),
     }
 
 
-def _row(trial: TrialRecord, best: float | None) -> dict[str, Any]:
+def _row(search: Search, trial: TrialRecord, best: float | None) -> dict[str, Any]:
     return {
         "number": trial.number,
         "state": trial.state,
         "value": trial.value,
         "best": best,
         "parameters": dict(trial.parameters),
-        "retention": trial.output.get("retention"),
+        search.measures: trial.output.get(search.measures),
         "detail": trial.detail,
     }
 
@@ -54,8 +55,8 @@ def _said(search: Search) -> str:
     return " + ".join(f"{weight:g} * {name}" for name, weight in search.objective.model_dump().items() if weight)
 
 
-def _on_test(objective: Objective, metrics: Mapping[str, Any]) -> float | None:
-    """The objective on the labeled samples; None where a task's retention has no figure there."""
+def _on_test(search: Search, metrics: Mapping[str, Any]) -> float | None:
+    """The objective on the labeled samples; None where it is not about labels, or a task has no figure there."""
     rows = metrics.get("tasks", {}).values()
     kept = [row["retention"] for row in rows]
-    return None if not kept or None in kept else objective.of(kept)
+    return None if search.measures != "retention" or not kept or None in kept else search.value(kept)

@@ -66,9 +66,11 @@ def _between(base: Tensor, merged: Tensor, factor: float) -> Tensor:
 def at_one(recipe: Recipe) -> Recipe:
     """The recipe with scaling 1, where an update is proportional to the scaling; every method's with one is."""
     method = recipe.method
-    if SCALING not in type(method).model_fields or method.combining is not method:
+    if SCALING not in type(method.combining).model_fields:
         return recipe
-    return recipe.model_copy(update={"method": method.model_copy(update={SCALING: 1.0})})
+    combining = method.combining.model_copy(update={SCALING: 1.0})
+    one = combining if method.combining is method else method.model_copy(update={"then": combining})
+    return recipe.model_copy(update={"method": one})
 
 
 def _factor(kept: Recipe, asked: Recipe, tensor: TensorPlan) -> float:
@@ -80,12 +82,12 @@ def _factor(kept: Recipe, asked: Recipe, tensor: TensorPlan) -> float:
 
 
 def _scaling(method: AnyMethod) -> float:
-    return float(getattr(method, SCALING, 1.0)) if method.combining is method else 1.0
+    return float(getattr(method.combining, SCALING, 1.0))
 
 
 def is_worth_keeping(search: Search, recipe: Recipe) -> bool:
     """Whether another trial is to be expected that differs by nothing but the scaling."""
-    return SCALING in search.space and search.settings < search.count(recipe.method)
+    return search.seeks_scaling and search.settings(recipe.method) < search.count(recipe.method)
 
 
 def structure_of(

@@ -20,7 +20,7 @@ from service.api.body import Body, json_body
 from service.api.conditions import etag_of, expect_match, idempotency_key, is_unchanged, wait_seconds
 from service.api.deps import Caller, Doors, House
 from service.api.faults import pointer_to, read_recipe
-from service.api.views import JobList, JobView, PlanView, job_json, next_link, page_json
+from service.api.views import JobList, JobView, PlanView, job_json, next_link, page_json, plan_json
 from service.api.waiting import until_ended
 from service.api.wiping import wipe
 from service.contract.asked import AnyRecipe
@@ -161,8 +161,9 @@ async def analyze_merge(request: Request, body: JsonBody, doors: Doors, caller: 
 @router.post("/merges:plan", responses={200: {"model": PlanView}}, openapi_extra=RECIPE_BODY)
 def plan_merge(body: JsonBody, doors: Doors) -> Response:
     """See what a merge would do, and what speaks against it. Nothing is stored."""
-    plan = admit(read_recipe(body.value), doors.objects)
-    return JSONResponse({"object": "plan", **plan.summary()})
+    recipe = read_recipe(body.value)
+    plan = admit(recipe, doors.objects)
+    return JSONResponse(plan_json(plan, recipe))
 
 
 @router.get("/merges", responses={200: {"model": JobList}})

@@ -12,8 +12,11 @@ from starlette.requests import Request
 from service.contract.asked import AnyRecipe
 from service.contract.evaluating import EvaluationRecipe
 from service.contract.job import Artifact, Event, FailureRecord, Job, Progress, Status
+from service.contract.methods import AnyMethod
+from service.contract.plan import Plan
 from service.contract.recipe import Recipe
 from service.contract.resources import EVALUATIONS, MERGES, Resource
+from service.contract.search import Search
 from service.contract.stages import Stage
 
 Timestamp = Annotated[
@@ -175,6 +178,9 @@ class PlanView(BaseModel):
     bytes_out: int
     peak_memory_bytes: int
     warnings: list[str]
+    method: AnyMethod = Field(description="With defaults filled in")
+    search: Search | None = Field(description="What is searched for before the merge, asked for or by default")
+    trials: int = Field(description="Trials of the search at most")
 
 
 VIEWS: dict[Resource, type[AnyJobView]] = {MERGES: JobView, EVALUATIONS: EvaluationView}
@@ -205,6 +211,18 @@ def job_json(job: Job, base_url: str) -> dict[str, Any]:
         expires_at=_maybe(job.expires_at),
         links=_links(f"{base_url}/v1/{resource.plural}/{job.id}", resource),
     ).model_dump(mode="json")
+
+
+def plan_json(plan: Plan, recipe: Recipe) -> dict[str, Any]:
+    """A plan as its reader sees it, with what of the recipe's defaults decides how much is to be done."""
+    search = recipe.search
+    return {
+        "object": "plan",
+        **plan.summary(),
+        "method": recipe.method.model_dump(mode="json"),
+        "search": None if search is None else search.model_dump(mode="json"),
+        "trials": 0 if search is None else search.count(recipe.method),
+    }
 
 
 def event_json(event: Event) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from service.cli.output import (
     print_json,
     print_line,
     show_job,
+    sought,
     status_markup,
 )
 from service.cli.watching import download_bar, follow
@@ -205,6 +206,8 @@ def plan(context: typer.Context, recipe: RecipeFile, as_json: Json = False, url:
             print_json(planned)
             return
         rows = [
+            ("method", planned["method"]["name"]),
+            ("search", f"{planned['trials']} trials over {sought(planned['search'])}" if planned["search"] else "none"),
             ("tensors", str(planned["tensors"])),
             ("roles", _counts(planned["roles"])),
             ("treatments", _counts(planned["treatments"])),

@@ -152,6 +152,8 @@ def _job_facts(job: JsonObject) -> Iterator[tuple[str, str]]:
         yield "models", ", ".join(escape(model["name"]) for model in recipe["models"])
     else:
         yield "method", f"{recipe['method']['name']} of {len(recipe['tasks'])} tasks"
+    if recipe.get("search"):
+        yield "search", f"over {sought(recipe['search'])}"
     yield "created", job["created_at"]
     if job["finished_at"]:
         yield "finished", job["finished_at"]
@@ -163,7 +165,17 @@ def _job_facts(job: JsonObject) -> Iterator[tuple[str, str]]:
         yield from _result_facts(job)
 
 
+def sought(search: JsonObject) -> str:
+    """What is searched for, and what makes one trial better than another."""
+    objective = search["objective"]
+    by = objective if isinstance(objective, str) else " and ".join(name for name, weight in objective.items() if weight)
+    return escape(f"{', '.join(search['space'])} by {by}")
+
+
 def _result_facts(job: JsonObject) -> Iterator[tuple[str, str]]:
+    found = job["result"].get("search")
+    if found:
+        yield "chosen", escape(", ".join(f"{name} = {value}" for name, value in found["chosen"].items()))
     cost = job["result"].get("cost")
     if cost:
         read, written = human_bytes(cost["bytes_read"]), human_bytes(cost["bytes_written"])

@@ -97,6 +97,11 @@ def cached_figures(workspace: str, digest: str) -> str:
     return f"{workspace}cache/scores/{digest}.safetensors"
 
 
+def cached_features(workspace: str, digest: str) -> str:
+    """An expert's features of its task's exemplars, by the digest of everything they depend on."""
+    return f"{workspace}cache/features/{digest}.safetensors"
+
+
 def figures(workspace: str, job_id: str, index: int) -> str:
     """What one model scores on one task, by part of the evaluation, until the report is made."""
     return f"{scratch(workspace, job_id)}figures-{index + 1:05d}.safetensors"

@@ -16,7 +16,7 @@ from service.contract.methods import AnyMethod, Cat, Method
 from service.contract.patterns import checked_pattern, matches
 from service.contract.presets import PresetName, expanded
 from service.contract.resources import MERGES, Resource
-from service.contract.search import WEIGHT, Parameters, Search, changed, search_faults
+from service.contract.search import SCALING, WEIGHT, Parameters, Search, changed, default_search, search_faults
 from service.contract.treatments import TREATMENTS, Treatment, treatment_adapter
 
 MAX_TASKS = 64
@@ -129,7 +129,11 @@ class Recipe(Digested):
     )
     evaluation: Evaluation | None = None
     gates: tuple[Gate, ...] = Field((), max_length=100)
-    search: Search | None = Field(None, description="Parameters to search for, in place of those that are given")
+    search: Search | None = Field(
+        None,
+        description="Parameters to search for, in place of those that are given; null for none. Omitted, and no "
+        "scaling given, but validation samples of every task: a few scalings around the method's default",
+    )
     output: Output = Field(default_factory=Output)
     seed: Seed = 0
     allow_tf32: bool = Field(
@@ -244,17 +248,31 @@ class Recipe(Digested):
         known = info.data
         if search is None or not {"tasks", "method", "overrides", "evaluation"} <= known.keys():
             return search  # what is wrong there is said there
-        names = [task.name for task in known["tasks"]]
+        tasks = {task.name: task.exemplars is not None for task in known["tasks"]}
         evaluation, method = known["evaluation"], known["method"]
-        for fault in search_faults(search, method, names, evaluation, is_overridden=bool(known["overrides"])):
+        for fault in search_faults(search, method, tasks, evaluation, is_overridden=bool(known["overrides"])):
             raise ValueError(fault)
         for other in search.methods(method):
             cls._method_fits_tasks(other, info)
         return search
 
+    @model_validator(mode="after")
+    def _fill_search(self) -> Self:
+        """A recipe that says nothing about a search may get one; null says no, and so does one that was stored."""
+        if "search" in self.model_fields_set:
+            return self
+        return self.model_copy(update={"search": self._usual_search()})
+
+    def _usual_search(self) -> Search | None:
+        """The search that nobody asked for; None where there is nothing to compare by, or to look for."""
+        is_given = any({SCALING, "then"} & row.parameters.keys() for row in self.overrides)
+        if self.mode == "analysis" or is_given:
+            return None
+        return default_search(self.method, [task.name for task in self.tasks], self.evaluation)
+
     def tried(self, parameters: Parameters) -> Recipe:
         """The recipe of a trial. Raises BadInput where the parameters do not go together."""
-        asked = self.model_dump(mode="json", exclude={"search"})
+        asked = {**self.model_dump(mode="json"), "search": None}
         asked["method"] = changed(self.method, parameters)
         for task in asked["tasks"]:
             task["weight"] = parameters.get(WEIGHT + task["name"], task["weight"])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from dataclasses import dataclass
+from itertools import islice, product
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from service.contract.base import Frozen
 from service.contract.evaluation import Evaluation
-from service.contract.methods import METHODS, AnyMethod, Cat
+from service.contract.methods import METHODS, AnyMethod, Cat, Method
 
 METHOD = "method"
 WEIGHT = "weights."  # before a task's name
+THEN = "then."  # before a parameter of the method that follows
 SCALING = "scaling"
+AROUND_DEFAULT = (1.0, 0.75, 1.25, 0.5, 1.5)  # of a search that nobody asked for
 MAX_TRIALS = 1000
 TRIALS = 20  # where neither trials nor seconds are given
 TRIALS_IN_TIME = 200  # at most, where only seconds are given
@@ -25,6 +28,8 @@ Value = bool | int | float | str | None
 Values = Annotated[tuple[Value, ...], Field(min_length=1, max_length=256)]
 Parameters = Mapping[str, Value]
 Sampler = Literal["tpe", "random", "grid"]
+Figure = Literal["retention", "likeness"]  # what a trial measures of every task
+LIKENESS = "feature_likeness"
 
 
 class Range(Frozen):
@@ -70,14 +75,18 @@ class Objective(Frozen):
 
 
 class Search(Frozen):
-    """Which parameters to search for, by trials that are compared on validation samples alone."""
+    """Which parameters to search for, by trials that are compared on validation samples or on exemplars alone."""
 
     space: dict[str, Choice] = Field(
         min_length=1,
         max_length=64,
         description="By name of the method's parameter, of `method`, or `weights.<task>`: a range or a list of values",
     )
-    objective: Literal["mean_retention", "worst_retention"] | Objective = "mean_retention"
+    objective: Literal["mean_retention", "worst_retention", "feature_likeness"] | Objective = Field(
+        "mean_retention",
+        description="What makes a trial better: shares of the experts' scores on validation samples; without labels, "
+        "how like the experts' the merged model's features of exemplars are",
+    )
     trials: int | None = Field(None, ge=1, le=MAX_TRIALS, description="At most; omitted, 20, or 200 within `seconds`")
     seconds: float | None = Field(None, gt=0, le=31_536_000, description="No trial begins later, from the first one on")
     sampler: Sampler = Field("tpe", description="Optuna's TPE, at random, or every combination of lists in order")
@@ -97,28 +106,45 @@ class Search(Frozen):
         return self
 
     @property
-    def weights(self) -> Objective:
-        """The objective as the weighted sum that it is."""
+    def measures(self) -> Figure:
+        """What a trial measures of every task."""
+        return "likeness" if self.objective == LIKENESS else "retention"
+
+    def value(self, figures: Sequence[float]) -> float:
+        """The objective's value, from what was measured of each task; NaN where one of them is."""
         if isinstance(self.objective, Objective):
-            return self.objective
-        return Objective.model_validate({self.objective: 1.0})
+            return self.objective.of(figures)
+        mean = Objective(mean_retention=1.0)
+        return (Objective(worst_retention=1.0) if self.objective == "worst_retention" else mean).of(figures)
 
     def methods(self, asked: AnyMethod) -> tuple[AnyMethod, ...]:
         """Every method that a trial may merge by: as asked for, or with its defaults where it is another one."""
         choice = self.space.get(METHOD)
         names = choice if isinstance(choice, tuple) else (asked.name,)
-        return tuple(asked if name == asked.name else METHODS[str(name)]() for name in names)
+        return tuple(method_named(str(name), asked) for name in dict.fromkeys(names))
+
+    def applies(self, name: str, method: AnyMethod) -> bool:
+        """Whether a name of the space says something about a merge by this method, and no name closer to it does."""
+        if name == METHOD or name.startswith(WEIGHT):
+            return True
+        aim = Aim.of(name)
+        is_closer = aim.method is None and f"{method.name}.{name}" in self.space
+        return not is_closer and aim.target(method) is not None
+
+    def names(self, method: AnyMethod) -> list[str]:
+        """What of the space a trial by this method has a value for."""
+        return [name for name in self.space if self.applies(name, method)]
 
     def cells(self, asked: AnyMethod) -> list[dict[str, Value]]:
-        """Every combination of a grid, in order; a parameter that a combination's method lacks is left out of it."""
-        lists = {name: choice for name, choice in self.space.items() if not isinstance(choice, Range)}
-        found: dict[str, dict[str, Value]] = {}
-        for values in product(*lists.values()):
-            cell = dict(zip(lists, values, strict=True))
-            method = str(cell.get(METHOD, asked.name))
-            kept = {name: value for name, value in cell.items() if applies(name, method)}
-            found.setdefault(repr(kept), kept)
-        return list(found.values())
+        """Every combination of a grid, in order, method after method; as many as there may be trials."""
+        return list(islice(self._cells(asked), MAX_TRIALS))
+
+    def _cells(self, asked: AnyMethod) -> Iterator[dict[str, Value]]:
+        for method in self.methods(asked):
+            own = {METHOD: (method.name,)}
+            lists = {name: own.get(name) or _listed(self.space[name]) for name in self.names(method)}
+            for values in product(*lists.values()):
+                yield dict(zip(lists, values, strict=True))
 
     def count(self, asked: AnyMethod) -> int:
         """How many trials there are at most."""
@@ -126,51 +152,124 @@ class Search(Frozen):
         return min(trials, len(self.cells(asked))) if self.sampler == "grid" else trials
 
     @property
-    def settings(self) -> float:
+    def seeks_scaling(self) -> bool:
+        """Whether a scaling is among what is searched for."""
+        return any(Aim.of(name).parameter == SCALING for name in self.space)
+
+    def settings(self, asked: AnyMethod) -> float:
         """How many ways there are to choose everything but the scaling; infinite where one is a range of fractions."""
-        sizes = [_size(name, choice) for name, choice in self.space.items() if name != SCALING]
-        return math.prod(sizes)
+        return sum(self._settings(method) for method in self.methods(asked))
+
+    def _settings(self, method: AnyMethod) -> float:
+        names = [name for name in self.names(method) if name != METHOD and Aim.of(name).parameter != SCALING]
+        return math.prod(_size(name, self.space[name], method) for name in names)
 
 
-def applies(name: str, method: str) -> bool:
-    """Whether a name in a space says something about a merge by this method."""
-    return name == METHOD or name.startswith(WEIGHT) or name in METHODS[method].model_fields
+@dataclass(frozen=True)
+class Aim:
+    """What a name in a space is about: ``scaling``, ``then.scaling`` of what follows, ``ties.scaling`` of TIES only."""
+
+    method: str | None
+    follows: bool
+    parameter: str
+
+    @classmethod
+    def of(cls, name: str) -> Aim:
+        first, dot, rest = name.partition(".")
+        method = first if dot and first in METHODS else None
+        own = rest if method else name
+        return cls(method, own.startswith(THEN), own.removeprefix(THEN))
+
+    def target(self, method: AnyMethod) -> Method | None:
+        """Whose parameter that is in a merge by ``method``: its own or that of what follows; None where of neither."""
+        if self.method not in (None, method.name):
+            return None
+        followed = method.then if isinstance(method, Cat) else None
+        found = followed if self.follows else method
+        return found if found is not None and self.parameter in type(found).model_fields else None
+
+    def kind(self, method: AnyMethod) -> Any:
+        """What type the parameter is of in ``method``; None where that has none."""
+        target = self.target(method)
+        return None if target is None else type(target).model_fields[self.parameter].annotation
+
+    def value(self, method: AnyMethod) -> Value:
+        """What the parameter is in ``method``; None where that has none."""
+        target = self.target(method)
+        return None if target is None else target.model_dump()[self.parameter]
 
 
-def is_whole(name: str, method: str) -> bool:
-    """Whether a method's parameter is a whole number."""
-    return name in METHODS[method].model_fields and METHODS[method].model_fields[name].annotation is int
+def method_named(name: str, asked: AnyMethod) -> AnyMethod:
+    """The method asked for where that is its name, else the one of that name with its defaults."""
+    return asked if name == asked.name else METHODS[name]()
 
 
-def _size(name: str, choice: Choice) -> float:
+def is_whole(name: str, method: AnyMethod) -> bool:
+    """Whether what a name is about in a merge by this method is a whole number."""
+    return Aim.of(name).kind(method) is int
+
+
+def default_search(asked: AnyMethod, tasks: Sequence[str], evaluation: Evaluation | None) -> Search | None:
+    """A few scalings around the method's default, where none was given and every task has validation samples.
+
+    The default comes first: of equal trials the first one is chosen.
+    """
+    combining = asked.combining
+    is_given = SCALING in combining.model_fields_set or SCALING not in type(combining).model_fields
+    is_bound = isinstance(asked, Cat) and asked.features_at == "scaled"  # calibration depends on it
+    if is_given or is_bound or _without_validation(tasks, evaluation):
+        return None
+    name = SCALING if combining is asked else THEN + SCALING
+    usual = combining.model_dump()[SCALING]
+    return Search(space={name: tuple(round(usual * factor, 6) for factor in AROUND_DEFAULT)}, sampler="grid")
+
+
+def _without_validation(tasks: Sequence[str], evaluation: Evaluation | None) -> list[str]:
+    rows = {row.task: row for row in evaluation.tasks} if evaluation else {}
+    return [task for task in tasks if task not in rows or rows[task].validation is None]
+
+
+def _listed(choice: Choice) -> tuple[Value, ...]:
+    """The different values of a list; true is another one than 1. A range has none."""
+    return () if isinstance(choice, Range) else tuple({repr(value): value for value in choice}.values())
+
+
+def _size(name: str, choice: Choice, method: AnyMethod) -> float:
     if not isinstance(choice, Range):
         return len(choice)
-    whole = any(is_whole(name, method) for method in METHODS)
-    return choice.high - choice.low + 1 if whole else math.inf
+    return choice.high - choice.low + 1 if is_whole(name, method) else math.inf
 
 
 def search_faults(
-    search: Search, asked: AnyMethod, tasks: Sequence[str], evaluation: Evaluation | None, *, is_overridden: bool
+    search: Search,
+    asked: AnyMethod,
+    tasks: Mapping[str, bool],
+    evaluation: Evaluation | None,
+    *,
+    is_overridden: bool,
 ) -> Iterator[str]:
-    """Why a merge of ``tasks`` can't be searched for so; a sentence each.
+    """Why a merge of ``tasks``, which bring exemplars or don't, can't be searched for so; a sentence each.
 
     ``is_overridden`` says that the recipe gives some parameters other parameters of the method.
     """
-    rows = {row.task: row for row in evaluation.tasks} if evaluation else {}
-    missing = [task for task in tasks if task not in rows or rows[task].validation is None]
-    if missing:
+    names = list(tasks)
+    without = [name for name, has_exemplars in tasks.items() if not has_exemplars]
+    if search.measures == "likeness" and without:
+        yield f"{LIKENESS} compares features of exemplars of every task; there are none for {', '.join(without)}"
+    missing = _without_validation(names, evaluation)
+    if search.measures == "retention" and missing:
         yield (
             "a search compares trials on validation samples of every task; the evaluation has none for "
-            f"{', '.join(missing)}"
+            f"{', '.join(missing)}. Without labels, {LIKENESS} is an objective that exemplars are enough for"
         )
     if is_overridden and METHOD in search.space:
         yield "overrides hold for one method alone; leave them out, or method out of the search's space"
     methods = search.methods(asked)
     for name, choice in search.space.items():
         if name.startswith(WEIGHT):
-            yield from _weight_faults(name, choice, tasks)
+            yield from _weight_faults(name, choice, names)
         elif name != METHOD:
-            yield from _parameter_faults(name, choice, methods)
+            yield from _parameter_faults(search, name, methods)
 
 
 def _weight_faults(name: str, choice: Choice, tasks: Sequence[str]) -> Iterator[str]:
@@ -181,32 +280,50 @@ def _weight_faults(name: str, choice: Choice, tasks: Sequence[str]) -> Iterator[
             yield f"{name}: {value!r} is no weight; weights are numbers from 0 to 1000"
 
 
-def _parameter_faults(name: str, choice: Choice, methods: Sequence[AnyMethod]) -> Iterator[str]:
-    knowing = [method for method in methods if name in type(method).model_fields and name not in NEVER]
+def _parameter_faults(search: Search, name: str, methods: Sequence[AnyMethod]) -> Iterator[str]:
+    aim, choice = Aim.of(name), search.space[name]
+    knowing = [method for method in methods if aim.parameter not in NEVER and aim.target(method) is not None]
     if not knowing:
-        known = sorted({key for method in methods for key in type(method).model_fields} - set(NEVER))
-        yield (
-            f"{' and '.join(method.name for method in methods)} can't be searched for {name!r}; "
-            f"parameters are {', '.join([METHOD, 'weights.<task>', *known])}"
-        )
+        yield _unknown(name, aim, methods)
+    elif not any(search.applies(name, method) for method in knowing):
+        yield f"{name} has no effect where every method that has it is given one of its own"
     for method in knowing:
-        if name == SCALING and isinstance(method, Cat) and method.then is not None:
-            yield f"scaling has no effect where {method.then.name} combines the trimmed task vectors"
-        if name == SCALING and isinstance(method, Cat) and method.features_at == "scaled":
-            yield "features are taken at one scaling for all trials: a search of scaling needs features_at: task"
-        if isinstance(choice, Range) and type(method).model_fields[name].annotation is bool:
+        if aim.parameter == SCALING and not aim.follows and isinstance(method, Cat):
+            yield from _scaling_faults(name, method)
+        if isinstance(choice, Range) and aim.kind(method) is bool:
             yield f"{name} is true or false; give a list of values"
         for value in _ends(choice):
-            yield from _value_faults(name, value, method)
+            yield from _value_faults(name, aim, value, method)
 
 
-def _value_faults(name: str, value: Value, method: AnyMethod) -> Iterator[str]:
+def _unknown(name: str, aim: Aim, methods: Sequence[AnyMethod]) -> str:
+    named = " and ".join(method.name for method in methods)
+    if aim.method is not None and aim.method not in [method.name for method in methods]:
+        return f"{name} is about {aim.method}, but trials merge by {named}; name it in the space's method too"
+    known = {key for method in methods for key in type(method).model_fields}
+    after = {THEN + key for cat in methods if isinstance(cat, Cat) and cat.then for key in type(cat.then).model_fields}
+    choices = [METHOD, "weights.<task>", *sorted(key for key in known | after if key.removeprefix(THEN) not in NEVER)]
+    return f"{named} can't be searched for {name!r}; parameters are {', '.join(choices)}"
+
+
+def _scaling_faults(name: str, method: Cat) -> Iterator[str]:
+    if method.then is not None:
+        yield (
+            f"{name} has no effect where {method.then.name} combines the trimmed task vectors; "
+            f"search for {name.removesuffix(SCALING)}{THEN}{SCALING}"
+        )
+    if method.features_at == "scaled":
+        yield "features are taken at one scaling for all trials: a search of scaling needs features_at: task"
+
+
+def _value_faults(name: str, aim: Aim, value: Value, method: AnyMethod) -> Iterator[str]:
     """What is wrong with the value by itself: how it goes with others is seen in the trial."""
     try:
-        type(method).model_validate({**method.model_dump(), name: value})
+        type(method).model_validate(changed(method, {name: value}))
     except ValidationError as error:
         for fault in error.errors():
-            if fault["loc"][:1] == (name,):
+            at = fault["loc"]
+            if at[-1:] == (aim.parameter,) or at == ("then",):
                 yield f"{method.name} does not take {name} = {value!r}: {fault['msg']}"
 
 
@@ -217,6 +334,10 @@ def _ends(choice: Choice) -> tuple[Value, ...]:
 def changed(asked: AnyMethod, parameters: Parameters) -> dict[str, Any]:
     """The method of a trial as a recipe has it: what was asked for, with the trial's parameters filled in."""
     name = str(parameters.get(METHOD, asked.name))
-    start = asked.model_dump(mode="json") if name == asked.name else {"name": name}
-    own = {key: value for key, value in parameters.items() if key != METHOD and not key.startswith(WEIGHT)}
-    return {**start, **own}
+    found: dict[str, Any] = asked.model_dump(mode="json") if name == asked.name else {"name": name}
+    for key, value in parameters.items():
+        if key != METHOD and not key.startswith(WEIGHT):
+            aim = Aim.of(key)
+            place = found["then"] if aim.follows else found
+            place[aim.parameter] = value
+    return found

@@ -41,6 +41,25 @@ def recipe(scaling: float) -> dict[str, Any]:
     return {"base": f"file://{DEMO}/base/", "tasks": tasks, "method": method, "evaluation": {"tasks": rows}}
 
 
+def searched() -> dict[str, Any]:
+    """The same with labels for validation and for test, and without a scaling."""
+    asked = recipe(0.4)
+    rows = [
+        {**row, "validation": row["labeled"], "labeled": row["labeled"].replace("val.", "test.")}
+        for row in asked["evaluation"]["tasks"]
+    ]
+    return {**asked, "method": {"name": "task_arithmetic"}, "evaluation": {"tasks": rows}}
+
+
+def default_search(job: dict[str, Any]) -> set[float]:
+    """The scalings that were tried to the end; what was chosen is what was best, and what the result has."""
+    assert job["recipe"]["search"]["sampler"] == "grid"
+    found = job["result"]["search"]
+    whole = [row for row in found["trials"] if row["state"] == "complete"]
+    assert found["chosen"] == max(whole, key=lambda row: (row["value"], -row["number"]))["parameters"]
+    return {row["parameters"]["scaling"] for row in whole}
+
+
 @dataclass
 class Up:
     """A `catmerge up`, and every process that was ever seen of it."""
@@ -137,7 +156,7 @@ def test_a_second_up_finishes_what_the_first_had_accepted(tmp_path: Path) -> Non
         assert f"Another catmerge up (process {opened.process.pid})" in second.stderr
 
         with opened.client() as client:
-            jobs = [client.submit(recipe(scaling))["id"] for scaling in (0.3, 0.4)]
+            jobs = [client.submit(asked)["id"] for asked in (recipe(0.3), searched())]
             until(lambda: client.get(jobs[0])["stage"] is not None, "the first began", opened.logs, WAIT_SECONDS)
         opened.look()
         opened.process.kill()
@@ -149,6 +168,7 @@ def test_a_second_up_finishes_what_the_first_had_accepted(tmp_path: Path) -> Non
             ended_jobs = [client.wait(job, timeout_seconds=WAIT_SECONDS) for job in jobs]
             assert [job["status"] for job in ended_jobs] == ["succeeded"] * 2, ended_jobs
             assert ended_jobs[0]["result"]["metrics"]["mean_retention"] > 0.5
+            assert default_search(ended_jobs[1]) == {0.2, 0.3, 0.4, 0.5, 0.6}
             paths = client.download(jobs[1], tmp_path / "result")
             assert {"model.safetensors", "config.json"} <= {path.name for path in paths}
         opened.look()

@@ -93,6 +93,20 @@ def test_a_grid_is_gone_through_in_order_and_what_was_lost_again() -> None:
     assert propose(asked, search, [first, lost, failed]) is None
 
 
+def test_names_of_one_method_and_of_what_follows_are_proposed_where_they_apply() -> None:
+    space = {"method": ["cat", "ties"], "cat.then.scaling": {"low": 1.0, "high": 2.0}, "ties.density": [0.2, 0.5]}
+    asked = recipe({"space": space}, {"name": "cat", "then": {"name": "tsv_m"}})
+    known: list[TrialRecord] = []
+    for number in range(12):
+        parameters = propose(asked, search_of(asked), known)
+        assert parameters is not None
+        known.append(TrialRecord(number, number, "complete", parameters, float(number % 3)))
+    assert known[0].parameters == {"method": "cat", "cat.then.scaling": 1.4}
+    own = {"cat": {"method", "cat.then.scaling"}, "ties": {"method", "ties.density"}}
+    for trial in known:
+        assert trial.parameters.keys() == own[str(trial.parameters["method"])]
+
+
 def test_importances_name_what_made_the_difference() -> None:
     asked = recipe({"space": SPACE, "sampler": "random"})
     known = searched(asked, 40)

@@ -107,6 +107,7 @@ def test_a_search_ends_in_the_merge_of_its_best_trial(make: Make) -> None:
         ({"density": [0.1, 0.6], "scaling": [0.5, 0.7, 1.0]}, {"name": "ties"}),  # surveys whole task vectors first
         ({"density": {"low": 0.1, "high": 0.6}}, {"name": "breadcrumbs", "scope": "model"}),
         ({"rank": [0, 1, 2], "weights.task2": [0.5, 1.0]}, {"name": "cat", "balance": 0.5}),
+        ({"then.scaling": [0.5, 1.0], "rank": [1, 2]}, {"name": "cat", "balance": 0.5, "then": {"name": "tsv_m"}}),
     ],
 )
 def test_the_result_is_the_merge_that_the_chosen_recipe_gives(make: Make, space: Any, method: Any) -> None:
@@ -145,6 +146,22 @@ def test_every_scaling_of_a_structure_is_as_if_merged_anew(make: Make, method: s
         assert any(not tensor.equal(base[name]) for name, tensor in found.items())
         for name, tensor in plain.merged().items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_every_scaling_of_what_follows_is_as_if_merged_anew(make: Make) -> None:
+    held = [{"match": "*layer.1.output*", "parameters": {"rank": 1}}]
+    method = {"name": "cat", "balance": 0.5, "then": {"name": "tsv_m"}}
+    run = make({"then.scaling": [0.7, 1.3]}, method, {"overrides": held}, sampler="grid")
+    run.go()
+    work = run.work(Stage.SEARCH, 0)
+    recipe = work.recipe.tried({"then.scaling": 1.3})
+    kept = structure_of(work, recipe, 9, merge_shard, _no_surveys, is_kept=True)  # by a trial before
+    with TensorReader(work.objects) as reader:
+        found = kept.at_scaling(work, reader, recipe, as_tried(work, recipe, kept.surveys).plan())
+    plain = Run(run.folder, recipe)
+    plain.go()
+    for name, tensor in plain.merged().items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def _no_surveys(_work: Work) -> list[str]:
@@ -187,6 +204,17 @@ def test_calibration_sees_what_any_trial_may_need(make: Make) -> None:
     assert len(run.statistics()) == 2
     assert {trial.state for trial in run.study.known} == {"complete"}
     assert run.warnings(Stage.MERGE) == []
+
+
+def test_a_scaling_that_nobody_gave_is_searched_for(make: Make) -> None:
+    asked = make({"scaling": [1.0]}, {"name": "task_arithmetic"}).recipe.model_dump(exclude={"search", "method"})
+    run = make({"scaling": [1.0]})
+    run = replace(run, recipe=Recipe.model_validate({**asked, "method": {"name": "task_arithmetic"}}))
+    run.finish()
+    found = report_of(run)["search"]
+    assert sorted(row["parameters"]["scaling"] for row in found["trials"]) == [0.2, 0.3, 0.4, 0.5, 0.6]
+    assert len(list((run.folder / "workspace").rglob("search/*/model.safetensors"))) == 0
+    assert report_of(run)["method"]["scaling"] == found["chosen"]["scaling"]
 
 
 def test_a_trial_that_can_not_be_merged_fails_alone(make: Make) -> None:

@@ -1,9 +1,9 @@
-"""Does one trial of a search: merges by the parameters that are proposed, and measures on validation samples alone."""
+"""Does one trial of a search: merges by the parameters that are proposed, and measures on what a search may look at."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,9 +16,10 @@ from service.contract.evaluation import Evaluation, TaskEvaluation
 from service.contract.parts import Done
 from service.contract.plan import Plan
 from service.contract.recipe import Recipe
-from service.contract.search import Search
+from service.contract.search import Figure, Search
 from service.contract.trials import TrialRecord
 from workers.chosen import as_tried
+from workers.likeness import likenesses
 from workers.machine import allow_tf32
 from workers.proposing import propose
 from workers.scores import TaskScores
@@ -30,6 +31,7 @@ from workers.tensors import TensorReader
 from workers.trial import Trial
 from workers.work import Work
 
+LOOKED_AT: Mapping[Figure, str] = {"retention": "validation samples", "likeness": "exemplars"}
 # What may be wrong with one trial's parameters alone.
 OWN_FAULTS = (
     BadInput,
@@ -63,28 +65,29 @@ def _tried(work: Work, search: Search, trial: TrialRecord) -> TrialRecord:
     """The trial with what came of it. What is wrong with its own parameters fails the trial, not the search."""
     is_kept = is_worth_keeping(search, work.recipe)
     try:
-        output = _measured(work, trial, is_kept=is_kept)
+        output = _measured(work, search, trial, is_kept=is_kept)
     except OWN_FAULTS as error:
         return replace(trial, state="failed", detail=str(error))
     finally:
         if not is_kept:
             forget(work, trial.number)
-    value = search.weights.of(list(output["retention"].values()))
+    figures = output[search.measures]
+    value = search.value(list(figures.values()))
     if not math.isfinite(value):
-        lacking = [task for task, share in output["retention"].items() if not math.isfinite(share)]
-        detail = f"the retention of {', '.join(lacking)} on validation samples is no number"
+        lacking = [task for task, figure in figures.items() if not math.isfinite(figure)]
+        detail = f"the {search.measures} of {', '.join(lacking)} on {LOOKED_AT[search.measures]} is no number"
         return replace(trial, state="failed", detail=detail)
     return replace(trial, state="complete", value=value, output=output)
 
 
-def _measured(work: Work, trial: TrialRecord, *, is_kept: bool) -> dict[str, Any]:
-    """Each task's retention on its validation samples, and the surveys that the merge needs if it is chosen."""
+def _measured(work: Work, search: Search, trial: TrialRecord, *, is_kept: bool) -> dict[str, Any]:
+    """What the search measures of each task, and the surveys that the merge needs if the trial is chosen."""
     recipe = work.recipe.tried(trial.parameters)
     structure = structure_of(work, recipe, trial.number, merge_shard, _survey_tasks, is_kept=is_kept)
     with TensorReader(work.objects) as reader:
         tried = as_tried(work, recipe, structure.surveys)
         merged = structure.at_scaling(work, reader, recipe, tried.plan())
-        return {"retention": _retentions(tried, reader, merged), "surveys": list(structure.surveys)}
+        return {search.measures: MEASURE[search.measures](tried, reader, merged), "surveys": list(structure.surveys)}
 
 
 def _survey_tasks(work: Work) -> list[str]:
@@ -103,6 +106,12 @@ def _retentions(work: Work, reader: TensorReader, merged: dict[str, Tensor]) -> 
         figures = {"expert": expert.figures, "merged": scores.figures}
         found[row.task] = float(TaskScores(row, scores.samples, figures).retention("merged")[0])
     return found
+
+
+MEASURE: Mapping[Figure, Callable[[Work, TensorReader, dict[str, Tensor]], dict[str, float]]] = {
+    "retention": _retentions,
+    "likeness": likenesses,
+}
 
 
 def validation_of(recipe: Recipe) -> Evaluation:

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.contract.errors import BadInput
-from service.contract.methods import Cat, Ties
+from service.contract.methods import Cat, Ties, TsvM
 from service.contract.recipe import Recipe
 from service.contract.search import Objective, Search
 
@@ -54,6 +54,12 @@ def test_a_recipe_with_a_search_says_the_same_when_read_again() -> None:
         ({"space": {"density": [0.1]}}, "cat can't be searched for 'density'"),
         ({"space": {"method": ["ties", "dare"], "rank": [1]}}, "ties and dare can't be searched for 'rank'"),
         ({"space": {"features_at": ["task"]}}, "can't be searched for 'features_at'"),
+        ({"space": {"then.scaling": [1]}}, "cat can't be searched for 'then.scaling'"),
+        ({"space": {"cat.then.name": ["ties"]}}, "cat can't be searched for 'cat.then.name'"),
+        ({"space": {"ties.scaling": [1]}}, "ties.scaling is about ties, but trials merge by cat; name it in the space"),
+        ({"space": {"cat.scalng": [1]}}, "cat can't be searched for 'cat.scalng'; parameters are method, weights.<ta"),
+        ({"space": {"cat.scaling": [-1]}}, "cat does not take cat.scaling = -1: .* greater than or equal"),
+        ({"space": {"scaling": [1], "cat.scaling": [1]}}, "scaling has no effect where every method that has it"),
         ({"space": {"scaling": {"low": 2, "high": 1}}}, "the range from 2 to 1 is empty"),
         ({"space": {"scaling": {"low": 1, "high": 1}}}, "the range from 1 to 1 is empty"),
         ({"space": {"scaling": {"low": 0, "high": 1, "log": True}}}, "a logarithmic range must begin above 0"),
@@ -103,7 +109,10 @@ def test_overrides_hold_for_one_method() -> None:
 @pytest.mark.parametrize(
     ("method", "sentence"),
     [
-        ({"name": "cat", "then": {"name": "ties"}}, "scaling has no effect where ties combines"),
+        (
+            {"name": "cat", "then": {"name": "ties"}},
+            "scaling has no effect where ties combines the trimmed task vectors; search for then.scaling",
+        ),
         ({"name": "cat", "features_at": "scaled"}, "a search of scaling needs features_at: task"),
     ],
 )
@@ -122,6 +131,51 @@ def test_a_trial_is_the_recipe_with_its_parameters() -> None:
     assert other.method == Ties(scaling=0.7)
 
 
+FOLLOWED = {"name": "cat", "then": {"name": "tsv_m"}}
+
+
+def test_a_trial_may_change_the_method_that_follows() -> None:
+    asked = recipe({"space": {"then.scaling": {"low": 0.5, "high": 2}, "rank": [2, 4]}}, FOLLOWED)
+    assert asked.tried({"then.scaling": 1.1, "rank": 2}).method == Cat(rank=2, balance=5, then=TsvM(scaling=1.1))
+    assert search_of(asked).settings(asked.method) == 2
+
+
+@pytest.mark.parametrize(
+    ("space", "sentence"),
+    [
+        ({"then.rank": [1]}, "can't be searched for 'then.rank'; parameters are .*, then.scaling"),
+        ({"then.scaling": [-1]}, "cat does not take then.scaling = -1: .* greater than or equal"),
+        ({"then.name": ["ties"]}, "can't be searched for 'then.name'"),
+        ({"method": ["cat", "ties"], "cat.scaling": [1]}, "cat.scaling has no effect .* search for cat.then.scaling"),
+    ],
+)
+def test_what_can_not_be_searched_for_in_the_method_that_follows(space: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        recipe({"space": space}, FOLLOWED)
+
+
+def test_methods_may_have_ranges_of_their_own() -> None:
+    space = {"method": ["cat", "ties", "tsv_m"], "scaling": [0.3, 0.5], "tsv_m.scaling": [1.2], "ties.density": [0.2]}
+    asked = recipe({"space": space, "sampler": "grid"})
+    assert search_of(asked).cells(asked.method) == [
+        {"method": "cat", "scaling": 0.3},
+        {"method": "cat", "scaling": 0.5},
+        {"method": "ties", "scaling": 0.3, "ties.density": 0.2},
+        {"method": "ties", "scaling": 0.5, "ties.density": 0.2},
+        {"method": "tsv_m", "tsv_m.scaling": 1.2},
+    ]
+    assert asked.tried({"method": "tsv_m", "tsv_m.scaling": 1.2}).method == TsvM(scaling=1.2)
+    assert asked.tried({"method": "ties", "scaling": 0.3, "ties.density": 0.2}).method == Ties(scaling=0.3)
+    assert search_of(asked).settings(asked.method) == 3
+
+
+def test_a_grid_beyond_all_bounds_is_cut_at_the_most_trials() -> None:
+    weights = {"weights.cars": [n / 256 for n in range(256)], "weights.pets": [n / 256 for n in range(256)]}
+    space = {**weights, "scaling": list(range(1, 100)), "balance": list(range(100)), "scale_balance": list(range(100))}
+    asked = recipe({"space": space, "sampler": "grid", "trials": 1000})
+    assert search_of(asked).count(asked.method) == len(search_of(asked).cells(asked.method)) == 1000
+
+
 def test_parameters_that_do_not_go_together() -> None:
     asked = recipe({"space": {"density": [0.05]}}, {"name": "della"})
     with pytest.raises(BadInput, match="epsilon / 2 < density"):
@@ -132,8 +186,8 @@ def test_a_grid_leaves_out_what_a_method_lacks() -> None:
     asked = recipe({"space": {"rank": [0, 2], "method": ["cat", "average"], "scaling": [1]}, "sampler": "grid"})
     assert search_of(asked).cells(asked.method) == [
         {"rank": 0, "method": "cat", "scaling": 1},
-        {"method": "average"},
         {"rank": 2, "method": "cat", "scaling": 1},
+        {"method": "average"},
     ]
     assert search_of(asked).count(asked.method) == 3
 
@@ -154,5 +208,6 @@ def test_an_objective_is_a_weighted_sum() -> None:
 
 def test_settings_count_everything_but_the_scaling() -> None:
     asked = recipe({"space": {**SCALING, "rank": {"low": 1, "high": 4}, "method": ["cat", "ties"]}})
-    assert search_of(asked).settings == 8
-    assert math.isinf(search_of(recipe({"space": {"balance": {"low": 1, "high": 4}}})).settings)
+    assert search_of(asked).settings(asked.method) == 5  # four ranks of CAT, and TIES
+    fractions = recipe({"space": {"balance": {"low": 1, "high": 4}}})
+    assert math.isinf(search_of(fractions).settings(fractions.method))
