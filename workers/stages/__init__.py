@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from service.contract.parts import Done
 from service.contract.stages import Stage
+from workers.recording import recorded
 from workers.stages.analyze import run as analyze
 from workers.stages.calibrate import run as calibrate
 from workers.stages.evaluate import run as evaluate
@@ -14,11 +15,11 @@ from workers.stages.search import run as search
 from workers.work import Work
 
 RUN: dict[Stage, Callable[[Work], Done]] = {
-    Stage.PLAN: plan,
-    Stage.CALIBRATE: calibrate,
-    Stage.SEARCH: search,
-    Stage.ANALYZE: analyze,
-    Stage.MERGE: merge,
-    Stage.EVALUATE: evaluate,
-    Stage.FINALIZE: finalize,
+    Stage.PLAN: recorded(plan),
+    Stage.CALIBRATE: recorded(calibrate),
+    Stage.SEARCH: recorded(search),
+    Stage.ANALYZE: recorded(analyze),
+    Stage.MERGE: recorded(merge),
+    Stage.EVALUATE: recorded(evaluate),
+    Stage.FINALIZE: recorded(finalize),
 }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from service.contract import artifacts
 from service.contract.errors import BadInput
+from service.contract.notices import Notice
 from service.contract.parts import Done
 from workers.chosen import as_chosen
 from workers.figures_file import write_scores
@@ -42,8 +43,7 @@ def run(work: Work) -> Done:
         warnings = (*(trial.warnings if model == "merged" else ()), *(_leaks(trial) if model == "base" else ()))
     write_scores(work.objects, artifacts.figures(work.workspace, work.claim.job_id, work.part), scores)
     points = {metric.value: _number(values[0]) for metric, values in scores.figures.items()}
-    found = {"task": row.task, "model": model, "samples": scores.samples, "scores": points, "warnings": list(warnings)}
-    return Done(found, warnings)
+    return Done({"task": row.task, "model": model, "samples": scores.samples, "scores": points}, warnings)
 
 
 def _leaks(trial: Trial) -> Iterator[str]:
@@ -52,10 +52,8 @@ def _leaks(trial: Trial) -> Iterator[str]:
         return
     both = row_digests(trial.samples) & row_digests(trial.read("validation").tensors)
     if both:
-        yield (
-            f"{len(both)} samples of task {trial.row.task!r} are in {trial.row.validation} as well as in "
-            f"{trial.row.labeled}; what a search chooses on the one is then not fairly measured on the other"
-        )
+        row = trial.row
+        yield Notice("leak", count=len(both), task=row.task, validation=row.validation, labeled=row.labeled)
 
 
 def _number(value: float) -> float | None:

@@ -12,10 +12,11 @@ from typing import Any
 
 from service.contract import artifacts
 from service.contract.job import Artifact, Status
+from service.contract.notices import Notice, as_rows
 from service.contract.parts import Done
 from service.contract.plan import HeadPlan, Pinned, Plan
 from service.contract.recipe import Recipe
-from service.contract.stages import Stage
+from service.contract.stages import ORDER, Stage
 from service.stores.objects import failures
 from workers.analysis import Analysis, merged_places
 from workers.chosen import as_chosen
@@ -29,6 +30,7 @@ from workers.scores import doubts, measured, task_scores
 from workers.search_summary import summary
 from workers.tensors import NAMES, TensorReader, TensorWriter, chunks, write_artifact
 from workers.trim_log import summarize
+from workers.usage import Usage, summed
 from workers.version import ENGINE, library_versions
 from workers.work import Work
 
@@ -44,7 +46,7 @@ def run(work: Work) -> Done:
         InputChanged, StorageFailure; Stopped where the job was cancelled before the manifest.
     """
     asked, trials = work.recipe, work.study.trials() if work.study else []
-    work = as_chosen(work)
+    whole_job, work = work, as_chosen(work)
     plan = work.plan()
     stage = Stage.ANALYZE if work.recipe.mode == "analysis" else Stage.MERGE
     merged = work.outputs(stage)[: len(plan.shards)]  # those after are baselines', which are no result
@@ -74,7 +76,8 @@ def run(work: Work) -> Done:
         made_by={"device": work.device, "engine": ENGINE, "versions": library_versions()},
         conflict=_conflict(work, merged) if analysis is None else analysis.conflict(),
         analysis=None if analysis is None else analysis.summary(),
-        warnings=doubtful,
+        warnings=[*_noted(whole_job), *as_rows(doubtful)],
+        usage=_usage(whole_job),
         search=found,
         asked=asked,
     )
@@ -118,7 +121,23 @@ def _conflict(work: Work, merged: Sequence[dict[str, Any]]) -> dict[str, Any] | 
     return total(found, len(tasks)).summary(tasks) if found and len(tasks) > 1 else None
 
 
-def _metrics(work: Work, plan: Plan) -> tuple[dict[str, Any] | None, list[str]]:
+def _noted(work: Work) -> list[dict[str, Any]]:
+    """What the parts of all stages warned of."""
+    return [row for stage in ORDER for output in work.outputs(stage) for row in output.get("notices", ())]
+
+
+def _usage(work: Work) -> dict[str, Any]:
+    """What the parts of all stages took, and this one until now."""
+    found = {
+        stage.value: [Usage.from_dict(output["usage"]) for output in work.outputs(stage) if "usage" in output]
+        for stage in ORDER
+    }
+    if work.used is not None:
+        found[Stage.FINALIZE.value].append(work.used())
+    return summed(found)
+
+
+def _metrics(work: Work, plan: Plan) -> tuple[dict[str, Any] | None, list[Notice]]:
     """What was measured, and where it is in doubt. None without an evaluation."""
     evaluation = work.recipe.evaluation
     if evaluation is None:
@@ -132,10 +151,9 @@ def _metrics(work: Work, plan: Plan) -> tuple[dict[str, Any] | None, list[str]]:
         task_scores(evaluation, row, found[each * index : each * (index + 1)])
         for index, row in enumerate(evaluation.tasks)
     ]
-    *outputs, last = work.outputs(Stage.EVALUATE)
+    last = work.outputs(Stage.EVALUATE)[-1]
     metrics = {**measured(evaluation, scores), "speed": last["speed"], "parameters": _parameters(work, plan)}
-    noted = dict.fromkeys(sentence for output in outputs for sentence in output["warnings"])
-    return metrics, [*noted, *doubts(evaluation, scores)]
+    return metrics, doubts(evaluation, scores)
 
 
 def _parameters(work: Work, plan: Plan) -> dict[str, int]:
