@@ -224,7 +224,11 @@ def show_test(merges: Mapping[str, Merge]) -> None:
         shown.add_row(title, "", "", *[percent(merge.metrics[key]) for merge in merges.values()])
     shown.add_row("gates", "", "", *[gates_met(merge.job) for merge in merges.values()])
     console.print(shown)
-    console.print("The base is read through each expert's own head. Retention is the share of the expert's accuracy.")
+    auto = merges["auto"].job["recipe"]["method"]["name"]
+    console.print(
+        f"auto is {auto} here, CAT is at the paper's settings. Retention is the share of the expert's accuracy."
+    )
+    console.print("The base is read through each expert's own head.")
     arithmetic, *others = [[row["merged"] for row in merge.metrics["tasks"].values()] for merge in merges.values()]
     for name, shares in zip(list(merges)[1:], others, strict=True):
         console.print(verdict(METHODS[name].title, arithmetic, shares))
@@ -320,7 +324,7 @@ def summarized(report: Mapping[str, Any]) -> Iterator[str]:
     )
     chosen = ", ".join(f"{name} {value}" for name, value in search["chosen"].items())
     yield (
-        f"search: {chosen} of {len(search['trials'])} trials; mean kept {percent(search['validation'])} on validation, "
+        f"search: {chosen}, the best of {len(search['trials'])} trials; mean kept {percent(search['validation'])} on validation, "
         f"{percent(search['test'])} on test"
     )
     if report["warnings"]:
