@@ -226,9 +226,9 @@ def show_test(merges: Mapping[str, Merge]) -> None:
     console.print(shown)
     auto = merges["auto"].job["recipe"]["method"]["name"]
     console.print(
-        f"auto is {auto} here, CAT is at the paper's settings. Retention is the share of the expert's accuracy."
+        f"auto is {auto} here, CAT is at the paper's settings. The base is read through each expert's own head."
     )
-    console.print("The base is read through each expert's own head.")
+    console.print("Retention is the share of the expert's accuracy.")
     arithmetic, *others = [[row["merged"] for row in merge.metrics["tasks"].values()] for merge in merges.values()]
     for name, shares in zip(list(merges)[1:], others, strict=True):
         console.print(verdict(METHODS[name].title, arithmetic, shares))
@@ -324,8 +324,8 @@ def summarized(report: Mapping[str, Any]) -> Iterator[str]:
     )
     chosen = ", ".join(f"{name} {value}" for name, value in search["chosen"].items())
     yield (
-        f"search: {chosen}, the best of {len(search['trials'])} trials; mean kept {percent(search['validation'])} on validation, "
-        f"{percent(search['test'])} on test"
+        f"search: {chosen}, the best of {len(search['trials'])} trials; mean kept "
+        f"{percent(search['validation'])} on validation, {percent(search['test'])} on test"
     )
     if report["warnings"]:
         yield f"warnings to read: {len(report['warnings'])}"
