@@ -87,19 +87,25 @@ def _outcome(jobs: Sequence[Job], say: Say) -> Iterator[Row]:
 
 
 def _recipe(jobs: Sequence[Job]) -> Iterator[Row]:
-    """Every setting in which the jobs' recipes differ; where a result goes is no setting."""
-    flat = [dict(_flattened(job["recipe"])) for job in jobs]
+    """Every setting in which the jobs differ, asked for or chosen; where a result goes is no setting."""
+    flat = [{**dict(_flattened(job["recipe"])), **_chosen(job)} for job in jobs]
     for name in dict.fromkeys(name for settings in flat for name in settings):
         values = [settings.get(name) for settings in flat]
         if any(value != values[0] for value in values) and not name.startswith(("output.prefix", "metadata.")):
             yield Row(name, tuple(NONE if value is None else str(value) for value in values))
 
 
+def _chosen(job: Job) -> dict[str, object]:
+    """What a search has chosen, by the names of settings."""
+    chosen = (_result(job).get("search") or {}).get("chosen") or {}
+    return {f"search.chosen.{name}": value for name, value in chosen.items()}
+
+
 def _flattened(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     items: Iterator[tuple[str, object]]
     if isinstance(value, Mapping):
         items = iter(value.items())
-    elif isinstance(value, list):
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         items = ((_called(item, place), item) for place, item in enumerate(value))
     else:
         yield name, value

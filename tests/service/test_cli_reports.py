@@ -209,6 +209,15 @@ def test_less_is_better_where_the_metric_says_so() -> None:
     assert found.cells == ("8 (1 to 9)", "5 (1 to 9)")
 
 
+def test_what_a_search_has_chosen_stands_beside_what_was_asked_for() -> None:
+    jobs = [
+        job(name, {"search": {"chosen": {"scaling": chosen}}}, search={"space": {"scaling": [0.2, chosen]}})
+        for name, chosen in (("a", 0.4), ("b", 0.5))
+    ]
+    assert row(compared(jobs), "search.chosen.scaling").cells == ("0.4", "0.5")
+    assert row(compared(jobs), "search.space.scaling").cells == ("[0.2, 0.4]", "[0.2, 0.5]")
+
+
 def test_equal_figures_have_no_best_and_missing_ones_are_gaps() -> None:
     same = compared([job("a", {"metrics": metrics(0.9)}), job("b", {"metrics": metrics(0.9)}), job("c", None)])
     assert row(same, "mean").best == ()
