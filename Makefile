@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(STAMP) ## merge four real models over HTTP and compare CAT with Task Arithmetic (a minute)
+demo: $(STAMP) ## merge four real models over HTTP by three methods, and compare them (a minute)
 	@$(BIN)/python deploy/demo/run.py
 
 up: $(STAMP) ## bring up the API, a worker and a broker; data in .catmerge, Ctrl-C stops all

@@ -478,7 +478,7 @@ def _trials(trials: Sequence[Mapping[str, Any]]) -> Chart:
     table = tuple(
         (
             figure(trial["number"]),
-            str(trial.get("state") or ""),
+            token(f"state_{trial['state']}"),
             figure(trial["value"]),
             figure(trial["best"]),
             named_values(trial.get("parameters") or {}),

@@ -24,7 +24,8 @@ class EvaluationFacts:
     inputs: Sequence[Mapping[str, Any]]
     made_by: Mapping[str, Any]
     licenses: Mapping[str, str | None]
-    warnings: Sequence[str] = ()
+    warnings: Sequence[Mapping[str, Any]] = ()
+    usage: Mapping[str, Any] | None = None
 
 
 def build_evaluation_report(facts: EvaluationFacts) -> dict[str, Any]:
@@ -38,11 +39,11 @@ def build_evaluation_report(facts: EvaluationFacts) -> dict[str, Any]:
         "models": [model.model_dump(mode="json") for model in recipe.models],
         "metrics": dict(facts.metrics),
         "gates": list(facts.gates),
-        "cost": cost_of(facts.so_far),
+        "cost": {**cost_of(facts.so_far), **(facts.usage or {})},
         "plan": {"bytes_in": facts.plan.bytes_in, "peak_memory_bytes": facts.plan.peak_memory_bytes},
         "recipe": recipe.model_dump(mode="json"),
         "inputs": list(facts.inputs),
         "made_by": facts.made_by,
         "licenses": {"inputs": dict(facts.licenses), "result": None},
-        "warnings": list(dict.fromkeys([*facts.plan.warnings, *facts.warnings])),
+        "warnings": list({row["detail"]: row for row in facts.warnings}.values()),
     }

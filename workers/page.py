@@ -17,7 +17,7 @@ from markupsafe import Markup
 from service.contract.metrics import METRICS
 from workers import charts, figures
 from workers.charts import Chart
-from workers.languages import LANGUAGES, MARK, both, known, plain, said, texts
+from workers.languages import LANGUAGES, MARK, both, known, noticed, plain, said, texts
 from workers.palette import all_colors
 
 # What a report may lack: an older one, or one of a merge that nothing was measured on.
@@ -30,6 +30,7 @@ METRICS_MAY_LACK = (
     "speed",
     "parameters",
 )
+COST_MAY_LACK = ("peak_memory_bytes", "idle_memory_bytes", "peak_is_exact", "device", "device_peak_bytes", "stages")
 GATES_MAY_LACK = ("at_least", "at_most", "task", "use", "model")
 SEARCH_MAY_LACK = ("measures", "chosen", "validation", "test")
 
@@ -88,6 +89,7 @@ def _whole(report: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **dict.fromkeys(MAY_LACK),
         **report,
+        "cost": {**dict.fromkeys(COST_MAY_LACK), **report["cost"]},
         "metrics": {**dict.fromkeys(METRICS_MAY_LACK), **metrics} if metrics else None,
         "search": {**dict.fromkeys(SEARCH_MAY_LACK), **search} if search else None,
         "gates": [{**dict.fromkeys(GATES_MAY_LACK), **gate} for gate in report.get("gates") or ()],
@@ -251,6 +253,7 @@ def _environment() -> Environment:
         "t": both,
         "plain": plain,
         "known": known,
+        "noticed": noticed,
         "span": figures.span,
         "metric_of": charts.metric_of,
         "colors": all_colors(),

@@ -26,8 +26,8 @@ class Facts:
     ``layers`` is what ``workers.trim_log.summarize`` makes of the trim log; ``inputs`` has every input's role, address,
     size and SHA-256; ``made_by`` says on what: device, engine, versions. ``conflict`` and ``search`` are there where
     tasks were held against each other, and where parameters were searched for, ``analysis`` where nothing was merged;
-    ``warnings`` is what stages after planning have to say. ``recipe`` is what was merged by, ``asked`` what was asked
-    for, where that left a choice.
+    ``warnings`` are rows of ``service.contract.notices``, ``usage`` is what ``workers.usage`` sums up. ``recipe`` is
+    what was merged by, ``asked`` what was asked for, where that left a choice.
     """
 
     recipe: Recipe
@@ -44,7 +44,8 @@ class Facts:
     conflict: Mapping[str, Any] | None = None
     analysis: Mapping[str, Any] | None = None
     search: Mapping[str, Any] | None = None
-    warnings: Sequence[str] = ()
+    warnings: Sequence[Mapping[str, Any]] = ()
+    usage: Mapping[str, Any] | None = None
     asked: Recipe | None = None
 
 
@@ -66,14 +67,14 @@ def build_report(facts: Facts) -> dict[str, Any]:
         "conflict": facts.conflict,
         "analysis": facts.analysis,
         "search": facts.search,
-        "cost": cost_of(facts.so_far),
+        "cost": {**cost_of(facts.so_far), **(facts.usage or {})},
         "savings": _savings(facts),
         "plan": facts.plan.summary(),
         "recipe": (facts.asked or recipe).model_dump(mode="json"),
         "inputs": list(facts.inputs),
         "made_by": facts.made_by,
         "licenses": {"inputs": facts.licenses, "result": conjunction(facts.licenses)},
-        "warnings": list(dict.fromkeys([*facts.plan.warnings, *facts.warnings])),
+        "warnings": list({row["detail"]: row for row in facts.warnings}.values()),
     }
 
 

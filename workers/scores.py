@@ -11,6 +11,7 @@ import numpy as np
 
 from service.contract.evaluation import Evaluation, TaskEvaluation
 from service.contract.metrics import Better, Metric
+from service.contract.notices import Notice
 from workers.bootstrap import Figures, interval
 from workers.figures_file import ModelScores
 
@@ -70,32 +71,25 @@ def kept_over(retentions: Mapping[str, Figures], confidence: float) -> dict[str,
     }
 
 
-def doubts(evaluation: Evaluation, scores: Sequence[TaskScores]) -> list[str]:
+def doubts(evaluation: Evaluation, scores: Sequence[TaskScores]) -> list[Notice]:
     """Where samples are too few to trust a figure, or to tell the merged model from the expert; a sentence each."""
     return [sentence for task in scores for sentence in _doubts(evaluation, task)]
 
 
-def _doubts(evaluation: Evaluation, task: TaskScores) -> list[str]:
-    name, found = task.row.task, []
+def _doubts(evaluation: Evaluation, task: TaskScores) -> list[Notice]:
+    name, found = task.row.task, list[Notice]()
     if task.samples < FEW_SAMPLES:
-        found.append(
-            f"task {name!r} has only {task.samples} labeled samples; with fewer than {FEW_SAMPLES}, intervals are rough"
-        )
+        found.append(Notice("few_samples", task=name, count=task.samples, enough=FEW_SAMPLES))
     merged, expert = task.primary("merged")[0], task.primary("expert")[0]
+    scores = {"metric": task.row.primary.value, "expert": f"{expert:.4g}"}
     if not math.isfinite(task.retention("merged")[0]):
-        found.append(
-            f"task {name!r}: no share of the expert's {task.row.primary} ({expert:.4g}) can be kept; mean and worst "
-            "retention are those of the other tasks, and gates on them are not met"
-        )
+        found.append(Notice("nothing_to_keep", task=name, **scores))
     if merged != expert and distinguishable(evaluation, task) is False:
-        found.append(
-            f"task {name!r}: {task.samples} samples are too few to tell the merged model's {task.row.primary} "
-            f"({merged:.4g}) from the expert's ({expert:.4g})"
-        )
+        found.append(Notice("within_noise", task=name, count=task.samples, merged=f"{merged:.4g}", **scores))
     for model, figures in task.figures.items():
         lacking = [metric for metric, values in figures.items() if not math.isfinite(values[0])]
         if lacking:
-            found.append(f"task {name!r}: {', '.join(lacking)} of {model} can't be computed, and is left out")
+            found.append(Notice("no_figure", task=name, metrics=", ".join(lacking), model=model))
     return found
 
 

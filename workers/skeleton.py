@@ -27,6 +27,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 
 from service.contract.errors import UnsupportedArchitecture
+from service.contract.notices import Notice
 from service.contract.roles import Parameter, guess_parameter, guess_role, is_table
 from service.contract.treatments import Role
 
@@ -108,7 +109,7 @@ def read_skeleton(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ..
         model = build_empty(config)
     except UnsupportedArchitecture as failure:
         guessed = {name: guess_parameter(name, shape) for name, shape in tensors.items()}
-        return Skeleton(guessed, {}, (f"Roles are guessed from names and shapes, because {failure.detail}.",))
+        return Skeleton(guessed, {}, (Notice("roles_guessed", reason=failure.detail),))
     return describe(model, tensors)
 
 
@@ -351,4 +352,4 @@ def _warn_of(model_name: str, unplaced: list[str]) -> tuple[str, ...]:
     if not unplaced:
         return ()
     shown = ", ".join(unplaced[:3]) + (", ..." if len(unplaced) > 3 else "")
-    return (f"{model_name} has no place for {len(unplaced)} tensors, whose roles are guessed from names: {shown}.",)
+    return (Notice("tensors_without_place", model=model_name, count=len(unplaced), tensors=shown),)

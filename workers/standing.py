@@ -10,6 +10,7 @@ import numpy as np
 
 from service.contract.evaluating import EvaluatedModel, EvaluationRecipe
 from service.contract.evaluation import Gate, TaskEvaluation
+from service.contract.notices import Notice
 from workers.figures_file import ModelScores
 from workers.gates import judge
 from workers.scores import (
@@ -49,7 +50,7 @@ def judged(recipe: EvaluationRecipe, metrics: Mapping[str, Any]) -> list[dict[st
     ]
 
 
-def uncertain(recipe: EvaluationRecipe, found: Found) -> list[str]:
+def uncertain(recipe: EvaluationRecipe, found: Found) -> list[Notice]:
     """Where samples are too few to trust a figure, or to tell a model from its reference; a sentence each."""
     return [sentence for row in recipe.evaluation.tasks for sentence in _uncertain(recipe, row, found)]
 
@@ -128,33 +129,27 @@ def _as_merged_on(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"merged": row["score"], "retention": row["retention"], "drop": row["drop"], "intervals": intervals}
 
 
-def _uncertain(recipe: EvaluationRecipe, row: TaskEvaluation, found: Found) -> Iterator[str]:
+def _uncertain(recipe: EvaluationRecipe, row: TaskEvaluation, found: Found) -> Iterator[Notice]:
     models = recipe.measured_on(row.task)
     samples = found[row.task, models[0].name].samples
     if samples < FEW_SAMPLES:
-        yield (
-            f"task {row.task!r} has only {samples} labeled samples; with fewer than {FEW_SAMPLES}, intervals are rough"
-        )
+        yield Notice("few_samples", task=row.task, count=samples, enough=FEW_SAMPLES)
     for model in models:
         yield from _of_pair(recipe, row, model, found)
         figures = found[row.task, model.name].figures
         lacking = [metric for metric, values in figures.items() if not math.isfinite(values[0])]
         if lacking:
-            yield f"task {row.task!r}: {', '.join(lacking)} of {model.name} can't be computed, and is left out"
+            yield Notice("no_figure", task=row.task, metrics=", ".join(lacking), model=model.name)
 
 
-def _of_pair(recipe: EvaluationRecipe, row: TaskEvaluation, model: EvaluatedModel, found: Found) -> Iterator[str]:
+def _of_pair(recipe: EvaluationRecipe, row: TaskEvaluation, model: EvaluatedModel, found: Found) -> Iterator[Notice]:
     pair, reference = _pair(recipe, row, model, found), recipe.reference_on(row.task)
     if pair is None or reference is None:
         return
     ours, theirs = pair.primary("merged")[0], pair.primary("expert")[0]
+    said = {"task": row.task, "metric": row.primary.value, "model": model.name}
+    said |= {"reference": reference.name, "theirs": f"{theirs:.4g}"}
     if not math.isfinite(pair.retention("merged")[0]):
-        yield (
-            f"task {row.task!r}: no share of the {row.primary} of {reference.name} ({theirs:.4g}) can be kept; mean "
-            f"and worst retention of {model.name} are those of the other tasks, and gates on them are not met"
-        )
+        yield Notice("nothing_to_keep_of", **said)
     if ours != theirs and distinguishable(recipe.evaluation, pair) is False:
-        yield (
-            f"task {row.task!r}: {pair.samples} samples are too few to tell the {row.primary} of {model.name} "
-            f"({ours:.4g}) from that of {reference.name} ({theirs:.4g})"
-        )
+        yield Notice("within_noise_of", count=pair.samples, ours=f"{ours:.4g}", **said)

@@ -20,6 +20,7 @@ from service.contract.errors import BadInput
 from service.contract.evaluation import TaskEvaluation, TextColumns
 from service.contract.labeled import DOCUMENT, QUERY, SCORED
 from service.contract.metrics import Kind
+from service.contract.notices import Notice
 from service.contract.samples import LABELS
 from service.contract.textfiles import Sample, TextFault, class_numbers, holds_tokenizer, read_samples
 from workers.exemplars import arguments, longest_sequence, takes_choices
@@ -137,9 +138,7 @@ class _Maker:
 
     def _warn_of_cuts(self, cut: int, rows: int, limit: int | None) -> None:
         if cut:
-            self.warnings.append(
-                f"{self.address}: {cut} of {rows} texts are longer than the {limit} tokens that fit, and were cut."
-            )
+            self.warnings.append(Notice("texts_cut", file=self.address, count=cut, total=rows, limit=limit))
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int, *, at_start: bool = False) -> Tensor:
@@ -197,9 +196,7 @@ def _first_tags(tags: Sequence[int], words: Sequence[int | None]) -> list[int]:
 def _warn_of_lost(maker: _Maker, samples: Sequence[Sample], kept: int) -> None:
     words = sum(len(sample.label) for sample in samples)
     if kept < words:
-        maker.warnings.append(
-            f"{maker.address}: {words - kept} of {words} words are not measured: they were cut, or have no token."
-        )
+        maker.warnings.append(Notice("words_unmeasured", file=maker.address, count=words - kept, total=words))
 
 
 def _language(maker: _Maker, samples: Sequence[Sample]) -> dict[str, Tensor]:
@@ -267,8 +264,7 @@ def _texts_to_texts(maker: _Maker, samples: Sequence[Sample]) -> dict[str, Tenso
     short = sum(len(tokens) > new_tokens for tokens in wanted)
     if short:
         maker.warnings.append(
-            f"{maker.address}: {short} of {len(samples)} right texts are longer than the {new_tokens} tokens that are "
-            "written at most; raise max_new_tokens."
+            Notice("right_texts_long", file=maker.address, count=short, total=len(samples), limit=new_tokens)
         )
     if is_causal:
         maker.tokenizer.truncation_side = "left"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from service.contract.errors import BadInput
 from service.contract.methods import Cat
+from service.contract.notices import Notice
 from service.contract.plan import TensorPlan
 from service.contract.recipe import Recipe
 from service.contract.treatments import Keep, Projection, ScaleMask, ShiftMask
@@ -24,7 +25,7 @@ from workers.treatments.outcome import energy
 
 def trim_parameter(
     plan: TensorPlan, recipe: Recipe, vectors: list[Tensor], statistics: Sequence[Statistic | None]
-) -> tuple[Trimmed, str, str | None]:
+) -> tuple[Trimmed, str, Notice | None]:
     """Trimmed task vectors in the tensor's own shape, the treatment they got, and why it is another than planned.
 
     Matrices are trimmed in place, so that there is never more of them than there are tasks: ``vectors`` are used up.
@@ -39,7 +40,7 @@ def trim_parameter(
     known = _known(plan, recipe, shaped, statistics)
     missing = [task.name for task, statistic in zip(recipe.tasks, known, strict=True) if _is_empty(statistic)]
     if missing and type(plan.treatment).statistic is not Kind.NONE:
-        return untouched, "keep", f"no statistics in {', '.join(missing)}"
+        return untouched, "keep", _without(missing)
     _refuse_misfits(plan, recipe, shaped[0].shape[-1], known)
     if isinstance(plan.treatment, Projection):
         trimmed = projection.trim(shaped, known, plan.treatment, out=shaped)
@@ -82,19 +83,23 @@ def _trim_blocks(
     recipe: Recipe,
     vectors: list[Tensor],
     statistics: Sequence[Statistic | None],
-) -> tuple[Trimmed, str, str | None]:
+) -> tuple[Trimmed, str, Notice | None]:
     """As ``_trim``, for matrices that are stacked in one tensor."""
     stacked = [as_blocks(vector, plan.role, plan.blocks, plan.transposed) for vector in vectors]
     known = _known_blocks(plan, recipe, stacked, statistics)
     missing = [task.name for task, statistic in zip(recipe.tasks, known, strict=True) if _is_empty(statistic)]
     if missing:
         untouched = Trimmed(vectors, [], [Effect() for _ in vectors])
-        return untouched, "keep", f"no statistics in {', '.join(missing)}"
+        return untouched, "keep", _without(missing)
     _refuse_misfits(plan, recipe, stacked[0].shape[-1], known)
     _refuse_other_blocks(plan, recipe, known)
     trimmed = trim_blocks(stacked, known, treatment, plan.role)
     back = [from_blocks(vector, plan.shape, plan.transposed) for vector in trimmed.task_vectors]
     return Trimmed(back, trimmed.removed, trimmed.effects), treatment.name, None
+
+
+def _without(tasks: Sequence[str]) -> Notice:
+    return Notice("no_statistics_in", tasks=", ".join(tasks))
 
 
 def _known_blocks(
@@ -168,7 +173,7 @@ def log_rows(
     before: Sequence[Tensor],
     trimmed: Trimmed,
     treatment: str,
-    reason: str | None,
+    reason: Notice | None,
 ) -> list[dict[str, Any]]:
     """The parameter's rows of the trim log, one per task; ``before`` are what ``trim_parameter`` was given."""
     return [

@@ -5,15 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from service.cli.output import human_bytes
+from service.cli.wording import Language, Say, speaker
 from service.contract.metrics import METRICS
 
 NONE = "-"
 Job = Mapping[str, Any]
 Read = Callable[[Job], float | None]
 ReadEnds = Callable[[Job], tuple[float, float] | None]
+Write = Callable[[float], str]
+Spans = Callable[[Job, str, Write], str]
+
+SIZES = {
+    "read": "cost.bytes_read",
+    "written": "cost.bytes_written",
+    "memory": "cost.peak_memory_bytes",
+    "stored": "savings.bytes_after",
+}
 
 
 @dataclass(frozen=True)
@@ -41,50 +52,60 @@ class Comparison:
     jobs: tuple[str, ...]
     sections: tuple[Section, ...]
     warnings: tuple[str, ...]
+    language: Language = "en"
 
     def as_json(self) -> dict[str, Any]:
         """For programs."""
         return asdict(self)
 
 
-def compared(jobs: Sequence[Job]) -> Comparison:
+def compared(jobs: Sequence[Job], language: Language = "en") -> Comparison:
     """Compare jobs as the service tells of them; one that has no result yet has no figures."""
+    say = speaker(language)
     sections = (
-        Section("outcome", tuple(_outcome(jobs))),
-        Section("recipe, where it differs", tuple(_recipe(jobs))),
-        Section("kept of the expert's score", tuple(_retention(jobs))),
-        Section("score of the merged model", tuple(_scores(jobs))),
-        Section("cost", tuple(_cost(jobs))),
+        Section(say("outcome"), tuple(_outcome(jobs, say))),
+        Section(say("recipe"), tuple(_recipe(jobs))),
+        Section(say("kept"), tuple(_retention(jobs, say))),
+        Section(say("scores"), tuple(_scores(jobs, say))),
+        Section(say("cost"), tuple(_cost(jobs, say))),
     )
     return Comparison(
         jobs=tuple(job["id"] for job in jobs),
         sections=tuple(section for section in sections if section.rows),
-        warnings=tuple(_warnings(jobs)),
+        warnings=tuple(_warnings(jobs, say)),
+        language=language,
     )
 
 
-def _outcome(jobs: Sequence[Job]) -> Iterator[Row]:
-    yield Row("status", tuple(job["status"] for job in jobs))
-    yield Row("method", tuple(job["recipe"]["method"]["name"] for job in jobs))
+def _outcome(jobs: Sequence[Job], say: Say) -> Iterator[Row]:
+    yield Row(say("status"), tuple(say(job["status"]) for job in jobs))
+    yield Row(say("method"), tuple(job["recipe"]["method"]["name"] for job in jobs))
     gates = [_result(job).get("gates") or [] for job in jobs]
     if any(gates):
-        yield Row("gates met", tuple(f"{sum(g['passed'] for g in found)} of {len(found)}" for found in gates))
+        counts = [(sum(gate["passed"] for gate in found), len(found)) for found in gates]
+        yield Row(say("gates"), tuple(say("gates_met", met=met, count=count) for met, count in counts))
 
 
 def _recipe(jobs: Sequence[Job]) -> Iterator[Row]:
-    """Every setting in which the jobs' recipes differ; where a result goes is no setting."""
-    flat = [dict(_flattened(job["recipe"])) for job in jobs]
+    """Every setting in which the jobs differ, asked for or chosen; where a result goes is no setting."""
+    flat = [{**dict(_flattened(job["recipe"])), **_chosen(job)} for job in jobs]
     for name in dict.fromkeys(name for settings in flat for name in settings):
         values = [settings.get(name) for settings in flat]
         if any(value != values[0] for value in values) and not name.startswith(("output.prefix", "metadata.")):
             yield Row(name, tuple(NONE if value is None else str(value) for value in values))
 
 
+def _chosen(job: Job) -> dict[str, object]:
+    """What a search has chosen, by the names of settings."""
+    chosen = (_result(job).get("search") or {}).get("chosen") or {}
+    return {f"search.chosen.{name}": value for name, value in chosen.items()}
+
+
 def _flattened(value: object, name: str = "") -> Iterator[tuple[str, object]]:
     items: Iterator[tuple[str, object]]
     if isinstance(value, Mapping):
         items = iter(value.items())
-    elif isinstance(value, list):
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         items = ((_called(item, place), item) for place, item in enumerate(value))
     else:
         yield name, value
@@ -99,58 +120,66 @@ def _called(item: object, place: int) -> str:
     return str(name or place)
 
 
-def _retention(jobs: Sequence[Job]) -> Iterator[Row]:
+def _retention(jobs: Sequence[Job], say: Say) -> Iterator[Row]:
     if not any(_metrics(job) for job in jobs):
         return
     for name, key in (("mean", "mean_retention"), ("worst", "worst_retention")):
-        yield _row(jobs, name, _reading(_metrics, key), _percent, interval=_reading_ends(_metrics, f"{key}_interval"))
+        ends = _reading_ends(_metrics, f"{key}_interval")
+        yield _row(jobs, say(name), _reading(_metrics, key), _percent, interval=_spans(ends, say))
     for task in _tasks(jobs):
-        of = _about(task)
-        yield _row(jobs, task, _reading(of, "retention"), _percent, interval=_reading_ends(of, "intervals.retention"))
+        ends = _reading_ends(_about(task), "intervals.retention")
+        yield _row(jobs, task, _reading(_about(task), "retention"), _percent, interval=_spans(ends, say))
 
 
-def _scores(jobs: Sequence[Job]) -> Iterator[Row]:
+def _scores(jobs: Sequence[Job], say: Say) -> Iterator[Row]:
     for task in _tasks(jobs):
         of = _about(task)
         metric = next((str(of(job).get("metric") or "accuracy") for job in jobs if of(job)), "accuracy")
         yield _row(
             jobs,
-            f"{task} ({metric.replace('_', ' ')})",
+            say("score_of", task=task, metric=say(f"metric_{metric}")),
             _reading(of, "merged"),
             _figure,
-            interval=_reading_ends(of, "intervals.merged"),
+            interval=_spans(_reading_ends(of, "intervals.merged"), say),
             lower=any(name == metric and row.better == "lower" for name, row in METRICS.items()),
         )
 
 
-def _cost(jobs: Sequence[Job]) -> Iterator[Row]:
+def _cost(jobs: Sequence[Job], say: Say) -> Iterator[Row]:
     if not any(_result(job) for job in jobs):
         return
-    yield _row(jobs, "time", _reading(_result, "cost.seconds"), _seconds, lower=True)
-    yield _row(jobs, "read", _reading(_result, "cost.bytes_read"), human_bytes, lower=True)
-    yield _row(jobs, "written", _reading(_result, "cost.bytes_written"), human_bytes, lower=True)
-    yield _row(jobs, "stored", _reading(_result, "savings.bytes_after"), human_bytes, lower=True)
+    yield _row(jobs, say("time"), _reading(_result, "cost.seconds"), partial(_seconds, say), lower=True)
+    for name, path in SIZES.items():
+        yield _row(jobs, say(name), _reading(_result, path), human_bytes, lower=True)
     if any(_metrics(job).get("speed") for job in jobs):
-        name = "latency against the experts'"
-        yield _row(jobs, name, _reading(_metrics, "speed.latency_ratio"), _figure, lower=True)
+        yield _row(jobs, say("latency"), _reading(_metrics, "speed.latency_ratio"), _figure, lower=True)
 
 
 def _row(
     jobs: Sequence[Job],
     name: str,
     read: Read,
-    write: Callable[[float], str],
+    write: Write,
     *,
-    interval: ReadEnds | None = None,
+    interval: Spans | None = None,
     lower: bool = False,
 ) -> Row:
     values = tuple(read(job) for job in jobs)
     cells = [NONE if value is None else write(value) for value in values]
     for place, job in enumerate(jobs):
-        ends = interval(job) if interval else None
-        if ends and values[place] is not None:
-            cells[place] += f" ({write(ends[0])} to {write(ends[1])})"
+        if interval and values[place] is not None:
+            cells[place] = interval(job, cells[place], write)
     return Row(name, tuple(cells), values, _best(values, lower))
+
+
+def _spans(ends_of: ReadEnds, say: Say) -> Spans:
+    """How to put its interval behind a figure that is written already; none where it is not there."""
+
+    def spanned(job: Job, value: str, write: Write) -> str:
+        ends = ends_of(job)
+        return say("between", value=value, low=write(ends[0]), high=write(ends[1])) if ends else value
+
+    return spanned
 
 
 def _best(values: Sequence[float | None], lower: bool) -> tuple[int, ...]:
@@ -162,16 +191,16 @@ def _best(values: Sequence[float | None], lower: bool) -> tuple[int, ...]:
     return tuple(place for place, value in enumerate(values) if value == best)
 
 
-def _warnings(jobs: Sequence[Job]) -> Iterator[str]:
+def _warnings(jobs: Sequence[Job], say: Say) -> Iterator[str]:
     """Where a comparison would mislead."""
     unfinished = [job["id"] for job in jobs if not _result(job)]
     if unfinished:
-        yield f"No result yet, or none any more: {', '.join(unfinished)}"
+        yield say("no_result", jobs=", ".join(unfinished))
     labeled = {frozenset(_labeled(job).items()) for job in jobs if _metrics(job)}
     if len(labeled) > 1:
-        yield "The jobs were measured on different labeled samples: their scores can't be held against each other"
+        yield say("other_samples")
     if len({job["recipe"]["base"] for job in jobs}) > 1:
-        yield "The jobs start from different bases"
+        yield say("other_bases")
 
 
 def _labeled(job: Job) -> dict[str, str]:
@@ -235,5 +264,5 @@ def _figure(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s"
+def _seconds(say: Say, value: float) -> str:
+    return say("seconds", count=f"{value:.1f}")

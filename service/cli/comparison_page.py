@@ -5,11 +5,12 @@ from __future__ import annotations
 from html import escape
 
 from service.cli.comparison import Comparison, Row, Section
+from service.cli.wording import speaker
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #d0d4d8; --soft: #565656; --good: #00694d; --bar: #0072b2; --track: #e8ecef; }
 @media screen and (prefers-color-scheme: dark) { :root { --ink: #f0f0f0; --paper: #161616; --line: #454a50; --soft: #b8b8b8; --good: #4fd1a5; --bar: #56b4e9; --track: #2a2f34; } }
-body { font: 16px/1.5 system-ui, "Segoe UI", "Noto Sans", sans-serif; color: var(--ink); background: var(--paper); max-width: 75rem; margin: 0 auto; padding: 1rem; }
+body { font: 16px/1.5 system-ui, "Segoe UI", "Noto Sans", "Noto Sans CJK JP", sans-serif; color: var(--ink); background: var(--paper); max-width: 75rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.4rem; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .925rem; }
 th, td { text-align: left; vertical-align: top; padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line); min-width: 6rem; overflow-wrap: anywhere; }
@@ -25,18 +26,19 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri
 
 def page(found: Comparison) -> str:
     """The page; it runs no script and asks for nothing."""
+    say = speaker(found.language)
+    title = escape(say("title", count=len(found.jobs)))
     head = "".join(f"<th>{escape(job)}</th>" for job in found.jobs)
     body = "".join(_section(section, len(found.jobs)) for section in found.sections)
     warnings = "".join(f'<p class="warning">{escape(warning)}</p>' for warning in found.warnings)
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html>\n<html lang="{found.language}"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<title>{len(found.jobs)} merges compared</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>'
-        f"<body><h1>{len(found.jobs)} merges compared</h1>{warnings}"
+        f'<title>{title}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head>'
+        f"<body><h1>{title}</h1>{warnings}"
         f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        "<p>✓ marks the best of a row. What stands in parentheses is a confidence interval; where two of them overlap, "
-        "the jobs may not differ at all.</p></body></html>\n"
+        f"<p>{escape(say('legend'))}</p></body></html>\n"
     )
 
 

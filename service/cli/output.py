@@ -179,7 +179,9 @@ def _result_facts(job: JsonObject) -> Iterator[tuple[str, str]]:
     cost = job["result"].get("cost")
     if cost:
         read, written = human_bytes(cost["bytes_read"]), human_bytes(cost["bytes_written"])
-        yield "cost", f"{cost['seconds']:.1f} s, {read} read, {written} written"
+        peak = cost.get("peak_memory_bytes")  # older jobs did not measure it
+        memory = f", {human_bytes(peak)} of memory at most" if peak else ""
+        yield "cost", f"{cost['seconds']:.1f} s, {read} read, {written} written{memory}"
     for gate in job["result"].get("gates", []):
         name = " ".join(filter(None, (gate["metric"], gate["task"], gate.get("model") and f"of {gate['model']}")))
         verdict = "[green]passed[/]" if gate["passed"] else "[red]missed[/]"

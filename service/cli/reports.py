@@ -13,6 +13,7 @@ from service.cli.comparison import Comparison, compared
 from service.cli.comparison_page import page
 from service.cli.options import JobId, Json, Url, connect
 from service.cli.output import Refused, answering, columns, note, out, print_json
+from service.cli.wording import LANGUAGES, Language
 from service.contract import artifacts
 from service.contract.resources import EVALUATIONS, resource_named
 
@@ -32,8 +33,8 @@ def report(
 ) -> None:
     """Bring a job's report here and open it in the browser; prints where it lies."""
     with answering(as_json), connect(context, url) as client:
-        if language not in (None, "en", "ja"):
-            raise Refused(f"--lang is {language!r}: the report speaks en and ja")
+        if language is not None:
+            _known(language)
         (path,) = client.download(job_id, to or Path(job_id), match=[artifacts.REPORT_HTML], overwrite=True)
         query = f"?lang={language}" if language else ""
         opened = is_opened and webbrowser.open(path.resolve().as_uri() + query)
@@ -49,6 +50,7 @@ def compare(
     context: typer.Context,
     job_ids: Annotated[list[str], typer.Argument(metavar="ID ID ...", help="Two jobs or more.")],
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page too.")] = None,
+    language: Annotated[str, typer.Option("--lang", help="en or ja; JSON is always English.")] = "en",
     as_json: Json = False,
     url: Url = None,
 ) -> None:
@@ -59,11 +61,13 @@ def compare(
         evaluations = [job_id for job_id in job_ids if resource_named(job_id) is EVALUATIONS]
         if evaluations:
             raise Refused(f"{evaluations[0]} is an evaluation, which sets its own models side by side: see its report")
-        found = compared([client.get(job_id) for job_id in dict.fromkeys(job_ids)])
+        spoken = _known(language)
+        jobs = [client.get(job_id) for job_id in dict.fromkeys(job_ids)]
+        found = compared(jobs, spoken)
         if html is not None:
             _write(html, page(found))
         if as_json:
-            print_json(found.as_json())
+            print_json(compared(jobs).as_json())
         else:
             _show(found)
             if html is not None:
@@ -71,6 +75,13 @@ def compare(
 
 
 COMMANDS = (report, compare)
+
+
+def _known(language: str) -> Language:
+    for known in LANGUAGES:
+        if language == known:
+            return known
+    raise Refused(f"--lang is {language!r}: reports speak {' and '.join(LANGUAGES)}")
 
 
 def _show(found: Comparison) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from service.contract.checkpoint import Checkpoint, TensorInfo
 from service.contract.errors import Fault
+from service.contract.notices import Notice
 from service.contract.patterns import matches
 from service.contract.recipe import Recipe
 from service.contract.roles import guess_role
@@ -133,15 +134,15 @@ def _disagreement(info: TensorInfo, task: Checkpoint) -> str | None:
     return None
 
 
-def _alone_warnings(names: Sequence[str]) -> list[str]:
-    named = [f"{name}: no task has it; copied from the base" for name in names[:NAMED]]
+def _alone_warnings(names: Sequence[str]) -> list[Notice]:
+    named = [Notice("tensor_of_no_task", tensor=name) for name in names[:NAMED]]
     more = len(names) - len(named)
-    return [*named, f"and {more} more tensors that no task has; copied from the base"] if more else named
+    return [*named, Notice("more_tensors_of_no_task", count=more)] if more else named
 
 
-def _head_warnings(heads: Mapping[str, tuple[str, ...]]) -> list[str]:
+def _head_warnings(heads: Mapping[str, tuple[str, ...]]) -> list[Notice]:
     return [
-        f"{task}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''} delivered as this task's head, not merged"
+        Notice("head", task=task, tensors=", ".join(names[:8]) + (" ..." if len(names) > 8 else ""))
         for task, names in heads.items()
         if names
     ]

@@ -10,6 +10,7 @@ from service.contract.artifacts import HEADS
 from service.contract.checkpoint import Checkpoint, MalformedHeader
 from service.contract.evaluating import EvaluatedModel
 from service.contract.heads import Head, put_on
+from service.contract.notices import Notice
 from service.stores.checkpoints import MAX_CONFIG_BYTES, SUFFIX, as_file, read_checkpoint, read_header, read_json
 from service.stores.objects import ObjectMissing, Objects
 
@@ -78,15 +79,13 @@ def with_head(objects: Objects, checkpoint: Checkpoint, heads: Heads, task: str)
     return put_on(checkpoint, Head((file, pinned), header.tensors, read_json(objects, address, MAX_CONFIG_BYTES)))
 
 
-def lacking(model: EvaluatedModel, heads: Heads, tasks: Sequence[str]) -> list[str]:
+def lacking(model: EvaluatedModel, heads: Heads, tasks: Sequence[str]) -> list[Notice]:
     """What to warn of: tasks without a head among those that a model brings; it may be that one is misspelled."""
     missing = [task for task in tasks if heads.tasks and task not in heads.tasks]
     if not missing:
         return []
-    return [
-        f"{heads.folder} has heads for {', '.join(heads.tasks)}, and none for {', '.join(missing)}: there "
-        f"{model.name} is measured as its own weights are"
-    ]
+    told, lacked = ", ".join(heads.tasks), ", ".join(missing)
+    return [Notice("no_head", folder=heads.folder, heads=told, tasks=lacked, model=model.name)]
 
 
 def _beside(checkpoint: str) -> str | None:

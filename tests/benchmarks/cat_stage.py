@@ -145,7 +145,7 @@ def main() -> None:
     folders = [folder.resolve() for folder in options.tasks]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()
-        merger = Merger(options.base.resolve(), [Task.read(path, 0) for path in folders], options.exemplars, scratch)
+        merger = Merger(options.base.resolve(), [Task.read(path, {}) for path in folders], options.exemplars, scratch)
         job = Job(merger, {**options.method, "data": not options.without_data})
         files = [path / "model.safetensors" for path in (merger.base, *folders)]
         compare(job, files, scratch / "streamed", options.repeats)

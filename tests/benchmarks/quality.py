@@ -2,8 +2,9 @@
 
     python tests/benchmarks/quality.py --base deploy/demo/base --tasks deploy/demo/tasks/*
 
-``--sweep`` compares the parameters of CAT and of shrinkage instead of methods. Tables are Markdown; behind a figure is
-its standard error, that of drawing other samples.
+``--sweep`` compares the parameters of CAT and of shrinkage instead of methods. Tables are Markdown; behind a figure on
+test is its 95 % interval by paired bootstrap: every method and the experts on the same resamples of a task's samples.
+The last figure is how many points more than Task Arithmetic at its best a method keeps on average.
 
 A task's folder is a checkpoint with ``exemplars.safetensors``, ``val.safetensors`` and ``test.safetensors`` beside it,
 and ``head.safetensors`` where features are multiplied with a head matrix. Merging goes through the workers' own stages.
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,35 +21,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from service.contract.methods import METHODS as ROWS
 from service.contract.parts import Claim, SoFar
 from service.contract.recipe import Recipe
 from service.contract.settings import Connections
 from service.contract.stages import Stage
 from service.stores.objects import open_objects
+from workers.bootstrap import draws, interval
 from workers.forward import class_scores, load_model, pooled_features
 from workers.stages import RUN
 from workers.watch import Watch
 from workers.work import Work
 
 SCALINGS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.4)
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+YARDSTICK = "Task Arithmetic"
 METHODS: dict[str, dict[str, Any]] = {
+    YARDSTICK: {"name": "task_arithmetic"},
     "Average": {"name": "average"},
-    "Task Arithmetic": {"name": "task_arithmetic"},
+    "Karcher mean": {"name": "karcher"},
+    "Model Stock": {"name": "model_stock"},
     "TIES": {"name": "ties"},
+    "DARE, linear": {"name": "dare"},
+    "DELLA": {"name": "della"},
+    "Breadcrumbs": {"name": "breadcrumbs"},
+    "SCE": {"name": "sce"},
+    "PCB": {"name": "pcb"},
+    "Consensus": {"name": "consensus"},
     "CAT (paper: rank 4, balance 5)": {"name": "cat"},
     "CAT rank 16, balance 5": {"name": "cat", "rank": 16},
     "CAT rank 4, balance 1": {"name": "cat", "balance": 1.0},
     "CAT without data, rank 8": {"name": "cat", "rank": 8, "data": False},
+    "RegMean": {"name": "regmean"},
     "LOT": {"name": "lot"},
     "TSV-M": {"name": "tsv_m"},
     "Iso-C": {"name": "iso_c"},
     "Iso-CTS": {"name": "iso_cts"},
     "WUDI (closed form)": {"name": "wudi", "solver": "closed"},
-    "PCB": {"name": "pcb"},
-    "Consensus": {"name": "consensus"},
     "CAT, then TIES": {"name": "cat", "then": {"name": "ties"}},
     "CAT, then TSV-M": {"name": "cat", "then": {"name": "tsv_m"}},
     "CAT, then Iso-C": {"name": "cat", "then": {"name": "iso_c"}},
@@ -57,6 +71,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Shrinkage without data": {"name": "shrinkage", "data": False},
 }
 SWEEP: dict[str, dict[str, Any]] = {
+    YARDSTICK: {"name": "task_arithmetic"},
     **{f"CAT rank {r}, balance {b}": {"name": "cat", "rank": r, "balance": b} for r in (1, 4, 16, 64) for b in (1, 5)},
     "CAT, second moments summed": {"name": "cat", "moments": "sum"},
     "CAT, norms restored": {"name": "cat", "rank": 16, "balance": 1, "restore_norm": True},
@@ -68,6 +83,10 @@ SWEEP: dict[str, dict[str, Any]] = {
 }
 
 
+Right = NDArray[np.bool_]
+Figures = NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class Task:
     """One expert with its data."""
@@ -77,17 +96,17 @@ class Task:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     head: dict[str, Tensor] | None
-    samples: int
+    samples: Mapping[str, int]
 
     @classmethod
-    def read(cls, folder: Path, samples: int) -> Task:
+    def read(cls, folder: Path, samples: Mapping[str, int]) -> Task:
         head = folder / "head.safetensors"
         config = json.loads((folder / "config.json").read_text())
         tensors = load_file(folder / "model.safetensors")
         return cls(folder.name, folder, config, tensors, load_file(head) if head.exists() else None, samples)
 
-    def accuracy(self, body: Mapping[str, Tensor], split: str) -> float:
-        """The share of right answers with this body, and the task's own head where it has one."""
+    def right(self, body: Mapping[str, Tensor], split: str) -> Right:
+        """Which samples this body answers rightly, ``[samples]``, with the task's own head where it has one."""
         samples = self._labeled(split)
         labels = samples.pop("labels").long()
         own = {
@@ -100,15 +119,12 @@ class Task:
             scores = class_scores(model, samples, 128)
         else:
             scores = pooled_features(model, samples, 128, "mean", True) @ self.head["weight"].float().T
-        return float((scores.argmax(1) == labels).double().mean())
-
-    def count(self, split: str) -> int:
-        """How many samples of a split are used."""
-        return len(self._labeled(split)["labels"])
+        right: Right = (scores.argmax(1) == labels).numpy()
+        return right
 
     def _labeled(self, split: str) -> dict[str, Tensor]:
         read = load_file(self.folder / f"{split}.safetensors")
-        return {name: values[: self.samples] for name, values in read.items()}
+        return {name: values[: self.samples[split]] for name, values in read.items()}
 
 
 @dataclass(frozen=True)
@@ -172,30 +188,46 @@ class Merger:
         )
 
 
-@dataclass(frozen=True)
-class Score:
-    """Retention, the share of the expert's accuracy, over all tasks, with standard errors."""
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Retention, the share of the expert's accuracy, over all tasks: the point, then its resamples if there are any."""
 
-    mean: float
-    worst: float
-    mean_error: float
-    worst_error: float
+    mean: Figures
+    worst: Figures
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ({self.mean_error:.3f}) | {self.worst:.3f} ({self.worst_error:.3f})"
+    @property
+    def points(self) -> str:
+        return f"{self.mean[0]:.3f} | {self.worst[0]:.3f}"
+
+    @property
+    def with_intervals(self) -> str:
+        return f"{ranged(self.mean)} | {ranged(self.worst)}"
+
+    def over(self, other: Kept) -> str:
+        """How many points more than another method this one keeps on average, on the same resamples."""
+        return ranged(100 * (self.mean - other.mean), "+.1f")
 
 
-def score(tasks: Sequence[Task], experts: Mapping[str, float], body: Mapping[str, Tensor], split: str) -> Score:
-    """The experts' accuracies count as known; errors are those of a share of independent samples."""
-    shares = {task.name: task.accuracy(body, split) for task in tasks}
-    kept = {name: share / experts[name] for name, share in shares.items()}
-    errors = {
-        task.name: math.sqrt(shares[task.name] * (1 - shares[task.name]) / task.count(split)) / experts[task.name]
+def ranged(figures: Figures, form: str = ".3f") -> str:
+    """A figure and where it may lie."""
+    low, high = interval(figures, CONFIDENCE) or (np.nan, np.nan)
+    return f"{figures[0]:{form}} ({low:{form}} to {high:{form}})"
+
+
+def kept(tasks: Sequence[Task], experts: Mapping[str, Right], body: Mapping[str, Tensor], split: str) -> Kept:
+    """What a merged model keeps; with resamples on test, none on validation, where only the point is looked at."""
+    resamples = RESAMPLES if split == "test" else 0
+    ratios = [
+        _means(task.right(body, split), task.name, resamples) / _means(experts[task.name], task.name, resamples)
         for task in tasks
-    }
-    worst = min(kept, key=lambda name: kept[name])
-    mean_error = math.sqrt(sum(error**2 for error in errors.values())) / len(tasks)
-    return Score(sum(kept.values()) / len(kept), kept[worst], mean_error, errors[worst])
+    ]
+    return Kept(np.mean(ratios, axis=0), np.min(ratios, axis=0))
+
+
+def _means(right: Right, task: str, resamples: int) -> Figures:
+    """The share of right answers, on all samples and then on each resample: ``[1 + resamples]``."""
+    drawn = [right[rows].mean(1) for rows in draws(0, task, len(right), resamples)]
+    return np.concatenate([[right.mean()], *drawn])
 
 
 def scaled(base: Mapping[str, Tensor], merged: Mapping[str, Tensor], by: float) -> dict[str, Tensor]:
@@ -207,22 +239,27 @@ def compare(
     merger: Merger, tasks: Sequence[Task], methods: Mapping[str, Mapping[str, Any]], all_scalings: Sequence[float]
 ) -> None:
     base = load_file(merger.base / "model.safetensors")
-    experts = {split: {task.name: task.accuracy(task.tensors, split) for task in tasks} for split in ("val", "test")}
-    print("experts, test:", ", ".join(f"{name} {value:.3f}" for name, value in experts["test"].items()))
-    print("\n| method | scaling | val mean | val worst | test mean | test worst | merge seconds |")
-    print("|---|---|---|---|---|---|---|")
+    experts = {split: {task.name: task.right(task.tensors, split) for task in tasks} for split in ("val", "test")}
+    print("experts, test:", ", ".join(f"{name} {right.mean():.3f}" for name, right in experts["test"].items()))
+    print("\n| method | scaling | val mean | val worst | test mean | test worst | over Task Arithmetic | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    yardstick: Kept | None = None
     for name, method in methods.items():
         scalings = all_scalings if has_scaling(method) else (1.0,)
         merged, seconds = merger.merged(at_one(method))
         made_at = at_one(method).get("scaling", 1.0)
-        found = {s: score(tasks, experts["val"], scaled(base, merged, s / made_at), "val") for s in scalings}
-        best = max(found, key=lambda s: (found[s].mean, -s))
-        test = score(tasks, experts["test"], scaled(base, merged, best / made_at), "test")
-        print(f"| {name} | {best:.1f} | {found[best]} | {test} | {seconds:.1f} |", flush=True)
+        found = {s: kept(tasks, experts["val"], scaled(base, merged, s / made_at), "val") for s in scalings}
+        best = max(found, key=lambda s: (found[s].mean[0], -s))
+        test = kept(tasks, experts["test"], scaled(base, merged, best / made_at), "test")
+        yardstick = yardstick or test
+        scaling = f"{best:.1f}" if has_scaling(method) else ""
+        cells = [name, scaling, found[best].points, test.with_intervals, test.over(yardstick), f"{seconds:.1f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def has_scaling(method: Mapping[str, Any]) -> bool:
-    return method["name"] not in ("average", "slerp", "karcher", "model_stock", "regmean")
+    """Whether the method has a factor on what it adds to the base."""
+    return "scaling" in ROWS[method["name"]].model_fields
 
 
 def at_one(method: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,13 +280,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of the table; omitted, all of them")
     parser.add_argument("--scalings", type=float, nargs="+", default=SCALINGS)
     parser.add_argument("--samples", type=int, default=10**9, help="labeled samples to use of each split, at most")
+    parser.add_argument("--test-samples", type=int, help="labeled samples to use of test, where that is another number")
     options = parser.parse_args()
     table = SWEEP if options.sweep else METHODS
     unknown = sorted(set(options.methods or ()) - table.keys())
     if unknown:
         parser.error(f"no row is called {', '.join(unknown)}; rows are {', '.join(table)}")
-    methods = {name: table[name] for name in options.methods or table}
-    tasks = [Task.read(folder.resolve(), options.samples) for folder in options.tasks]
+    methods = {name: table[name] for name in (YARDSTICK, *(options.methods or table))}
+    samples = {"val": options.samples, "test": options.test_samples or options.samples}
+    tasks = [Task.read(folder.resolve(), samples) for folder in options.tasks]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder).resolve()
         merger = Merger(options.base.resolve(), tasks, options.exemplars, scratch)

@@ -535,3 +535,61 @@ def test_the_services_own_folders(trial: Trial) -> None:
     recipe = trial.recipe()
     recipe["tasks"][1]["exemplars"] = "s3://catmerge/cache/statistics/x.safetensors"
     trial.refused(recipe, "forbidden", EXEMPLARS, "s3://catmerge/cache/statistics/x.safetensors", status=403)
+
+
+# Evaluations and searches
+
+LABELED = "/evaluation/tasks/0/labeled"
+
+
+def measured(trial: Trial, labels: Tensor, names: dict[int, str] | None = None, **row: Any) -> dict[str, Any]:
+    """A recipe whose second task is measured on as many images as there are labels."""
+    file = trial.family.folder / "labeled.safetensors"
+    metadata = {"id2label": json.dumps(names)} if names else None
+    save_file({"pixel_values": torch.zeros(len(labels), 3, 16, 16), "labels": labels}, file, metadata)
+    return trial.recipe(evaluation={"tasks": [{"task": trial.family.tasks[1], "labeled": f"file://{file}", **row}]})
+
+
+def test_labels_out_of_range(trial: Trial) -> None:
+    recipe = measured(trial, torch.tensor([0, 4, 5]))
+    trial.failed(recipe, "bad_input", None, "labeled.safetensors", "labels reach from 0 to 5", "5 classes, 0 to 4")
+
+
+def test_labels_that_are_called_otherwise_than_the_checkpoint_calls_them(trial: Trial) -> None:
+    recipe = measured(trial, torch.tensor([0, 1]), {0: "LABEL_1", 1: "LABEL_0"})
+    trial.refused(recipe, "exemplars_do_not_fit", LABELED, "label 0 is 'LABEL_1'", "'LABEL_0' in the checkpoint's")
+
+
+def test_a_split_without_a_sample(trial: Trial) -> None:
+    recipe = measured(trial, torch.zeros(0, dtype=torch.int64))
+    trial.refused(recipe, "exemplars_do_not_fit", LABELED, "'pixel_values'", "empty")
+
+
+def test_a_kind_that_does_not_fit_the_model(trial: Trial) -> None:
+    recipe = measured(trial, torch.tensor([0, 1]), kind="language_modeling")
+    trial.refused(recipe, "exemplars_do_not_fit", LABELED, "ViTForImageClassification can't be measured by")
+
+
+def test_a_metric_that_does_not_fit_the_kind(trial: Trial) -> None:
+    recipe = measured(trial, torch.tensor([0, 1]), metrics=["perplexity"])
+    trial.refused(recipe, "validation_error", "/evaluation/tasks/0", "perplexity", "classification")
+
+
+def test_a_search_without_samples_to_compare_trials_on(trial: Trial) -> None:
+    recipe = measured(trial, torch.tensor([0, 1])) | {"search": {"space": {"scaling": [0.2, 0.4]}}}
+    trial.refused(recipe, "validation_error", "/search", "validation samples of every task", *trial.family.tasks)
+
+
+def test_a_search_of_what_the_method_does_not_know(trial: Trial) -> None:
+    recipe = measured(trial, torch.tensor([0, 1]))
+    row = recipe["evaluation"]["tasks"][0] | {"validation": recipe["evaluation"]["tasks"][0]["labeled"]}
+    recipe["evaluation"]["tasks"] = [{**row, "task": name} for name in trial.family.tasks]
+    recipe["search"] = {"space": {"density": [0.2, 0.4]}}
+    trial.refused(recipe, "validation_error", "/search", "can't be searched for 'density'", "scaling")
+
+
+def test_a_gate_on_what_is_not_measured(trial: Trial) -> None:
+    recipe = measured(trial, torch.tensor([0, 1])) | {
+        "gates": [{"metric": "task_score", "task": trial.family.tasks[0], "at_least": 0.5}]
+    }
+    trial.refused(recipe, "validation_error", "/gates", repr(trial.family.tasks[0]), "does not measure")

@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from typer.testing import CliRunner, Result
 from service.cli.app import app
 from service.cli.comparison import Comparison, Row, Section, compared
 from service.cli.comparison_page import page
+from service.cli.wording import LANGUAGES, TEXTS
 from service.contract.job import Status
 from service.contract.parts import Counters, Done
 from service.contract.stages import PartMessage, Stage
@@ -154,6 +157,44 @@ def job(name: str, found: dict[str, Any] | None, **changes: Any) -> dict[str, An
     return {"id": name, "status": "succeeded", "recipe": whole, "result": found}
 
 
+def test_a_comparison_speaks_japanese(front: Front, tmp_path: Path) -> None:
+    first, second = ended(front, result(0.85, 10.0)), front.submit()["id"]
+    out = tmp_path / "compared.html"
+    said = call(front, "compare", first, second, "--lang", "ja", "--html", str(out))
+    assert said.exit_code == 0, said.output
+    assert "結果がまだないか" in said.stdout
+    page = out.read_text("utf-8")
+    for words in (
+        '<html lang="ja">',
+        "<h1>2 件の統合の比較</h1>",
+        "cars（正解率）",
+        "10.0 秒",
+        "1 件中 0 件",
+        "待機中",
+    ):
+        assert words in page
+    own = re.sub(r"<style>.*?</style>|<[^>]*>", " ", page)
+    for words in ("merge", "outcome", "status", "queued", "worst", "read", "best of a row"):
+        assert not re.search(rf"\b{words}\b", own), words
+    as_json = json.loads(call(front, "compare", first, second, "--lang", "ja", "--json").stdout)
+    assert as_json["sections"][0]["title"] == "outcome"
+    assert call(front, "compare", first, second, "--lang", "fr").exit_code == 1
+
+
+def test_every_text_of_a_comparison_is_there_in_both_languages_and_metrics_are_called_as_in_reports() -> None:
+    def gaps(text: str) -> set[str]:
+        return {name for _, name, _, _ in Formatter().parse(text) if name}
+
+    for name, found in TEXTS.items():
+        assert tuple(found) == LANGUAGES, name
+        assert gaps(found["en"]) == gaps(found["ja"]), name
+    reports = json.loads((files("workers") / "templates" / "texts.json").read_text("utf-8"))
+    assert {n: f for n, f in TEXTS.items() if n.startswith("metric_")} == {
+        n: f for n, f in reports.items() if n.startswith("metric_")
+    }
+    assert [status for status in Status if status not in TEXTS] == []
+
+
 def row(comparison: Comparison, name: str) -> Row:
     return next(row for section in comparison.sections for row in section.rows if row.name == name)
 
@@ -166,6 +207,15 @@ def test_less_is_better_where_the_metric_says_so() -> None:
     found = row(compared(jobs), "cars (perplexity)")
     assert found.best == (1,)
     assert found.cells == ("8 (1 to 9)", "5 (1 to 9)")
+
+
+def test_what_a_search_has_chosen_stands_beside_what_was_asked_for() -> None:
+    jobs = [
+        job(name, {"search": {"chosen": {"scaling": chosen}}}, search={"space": {"scaling": [0.2, chosen]}})
+        for name, chosen in (("a", 0.4), ("b", 0.5))
+    ]
+    assert row(compared(jobs), "search.chosen.scaling").cells == ("0.4", "0.5")
+    assert row(compared(jobs), "search.space.scaling").cells == ("[0.2, 0.4]", "[0.2, 0.5]")
 
 
 def test_equal_figures_have_no_best_and_missing_ones_are_gaps() -> None:

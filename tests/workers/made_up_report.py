@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from service.contract.metrics import METRICS, Kind, metrics_of
+from service.contract.notices import Notice, as_rows
 from workers.trim_log import summarize_rows
+from workers.usage import Usage, summed
 
 TASKS = ("cars", "pets", "news", "novels")
 KINDS = (Kind.CLASSIFICATION, Kind.CLASSIFICATION, Kind.CLASSIFICATION, Kind.LANGUAGE_MODELING)
@@ -36,7 +38,13 @@ def made_up(tasks: Sequence[str] = TASKS, layers: int = 6, seed: int = 0, files_
         "layers": summarize_rows(trim_rows(tasks, layers, chance)),
         "conflict": conflict(tasks, chance),
         "search": search(chance),
-        "cost": {"seconds": 381.5, "seconds_queued": 2.0, "bytes_read": 31_000_000_000, "bytes_written": 7_000_000_000},
+        "cost": {
+            "seconds": 381.5,
+            "seconds_queued": 2.0,
+            "bytes_read": 31_000_000_000,
+            "bytes_written": 7_000_000_000,
+            **summed({"merge": [Usage(300.0, 6_100_000_000, 900_000_000, True, "cuda", 4_000_000_000)]}),
+        },
         "savings": {
             "models_before": len(tasks),
             "models_after": 1,
@@ -62,7 +70,13 @@ def made_up(tasks: Sequence[str] = TASKS, layers: int = 6, seed: int = 0, files_
         ],
         "made_by": {"device": "cuda", "engine": "1", "versions": {"torch": "2.13.0"}},
         "licenses": {"inputs": {"base": "apache-2.0", **{f"task:{task}": None for task in tasks}}, "result": None},
-        "warnings": ["cars: few samples", "<b>pets</b>: classifier.weight is this task's head"],
+        "warnings": as_rows(
+            [
+                Notice("few_samples", task="cars", count=24, enough=100),
+                Notice("within_noise", task="cars", count=24, metric="accuracy", merged="0.8", expert="0.9"),
+                Notice("head", task="<b>pets</b>", tensors="classifier.weight"),
+            ]
+        ),
     }
 
 

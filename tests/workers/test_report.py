@@ -6,17 +6,22 @@ import json
 import re
 from importlib.resources import files
 from string import Formatter
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from service.contract.methods import METHODS
 from service.contract.metrics import METRICS, Metric
+from service.contract.notices import SENTENCES, Notice, as_rows
+from service.contract.stages import Stage
 from service.contract.treatments import Role
+from service.contract.trials import TrialState
 from tests.workers.made_up_report import made_up
 from workers import figures
 from workers.charts import VEGA_LITE, layer_charts, library, quality_charts
-from workers.languages import LANGUAGES, both, known, said, texts, token
+from workers.languages import LANGUAGES, both, known, noticed, said, texts, token
 from workers.report import render_card, render_html
+from workers.usage import Usage, summed
 
 LIMIT_BYTES = 3_000_000
 TEMPLATES = files("workers") / "templates"
@@ -32,9 +37,10 @@ def old_report() -> dict[str, Any]:
     whole = made_up()
     scores = ("samples", "base", "expert", "merged", "retention")
     measured = whole["metrics"]
-    kept = ("title", "method", "paper", "base", "tasks", "trimmed", "cost", "savings", "plan", "licenses", "warnings")
+    kept = ("title", "method", "paper", "base", "tasks", "trimmed", "savings", "plan", "licenses", "warnings")
     return {
         **{key: whole[key] for key in kept},
+        "cost": {key: whole["cost"][key] for key in ("seconds", "seconds_queued", "bytes_read", "bytes_written")},
         "metrics": {
             "tasks": {name: {key: row[key] for key in scores} for name, row in measured["tasks"].items()},
             **{key: measured[key] for key in ("mean_accuracy", "mean_retention", "worst_retention", "worst_task")},
@@ -46,21 +52,44 @@ def old_report() -> dict[str, Any]:
 # Texts
 
 
-def test_every_text_is_there_in_both_languages_with_the_same_gaps() -> None:
-    def gaps(text: str) -> set[str | None]:
-        return {name for _, name, _, _ in Formatter().parse(text) if name}
+def gaps(text: str) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(text) if name}
 
+
+def test_every_text_is_there_in_both_languages_with_the_same_gaps() -> None:
     for name, found in texts().items():
         assert tuple(found) == LANGUAGES, name
         assert all(found.values()), name
         assert gaps(found["en"]) == gaps(found["ja"]), name
 
 
+def test_every_warning_is_there_in_japanese_with_the_same_values() -> None:
+    japanese = json.loads((TEMPLATES / "notices.json").read_text("utf-8"))
+    assert list(japanese) == list(SENTENCES)
+    for code, sentence in SENTENCES.items():
+        assert gaps(japanese[code]) == gaps(sentence), code
+
+
+def test_a_warning_speaks_the_language_of_its_reader() -> None:
+    (row,) = as_rows([Notice("within_noise", task="<b>", count=24, metric="accuracy", merged="0.8", expert="0.9")])
+    english, japanese = str(noticed(row)).split("</span>")[:2]
+    assert "task &#39;&lt;b&gt;&#39;: 24 samples are too few" in english
+    assert "統合モデルの正解率（0.8）" in japanese
+    several = Notice("no_figure", task="cars", metrics="auroc, macro_f1", model="merged")
+    assert "統合モデルのAUROC、マクロ F1は" in str(noticed(as_rows([several])[0]))
+    assert str(noticed(as_rows(["careful"])[0])) == '<span lang="en">careful</span>'
+
+
+def test_what_becomes_of_parameters_without_statistics_has_a_text() -> None:
+    treated = {method.without or "kept untrimmed" for method in METHODS.values()}
+    assert [words for words in treated if not known("treated_" + words.replace(" ", "_"))] == []
+
+
 def test_every_text_is_used() -> None:
     """Those of metrics, gates, roles, models and charts are named in the code by the end of their names."""
     code = "".join(file.read_text() for file in TEMPLATES.iterdir() if file.name.endswith((".html", ".js")))
     code += (files("workers") / "charts.py").read_text()
-    families = ("metric_", "gate_", "role_", "model_", "analysis_", "judged_", "why_")
+    families = ("metric_", "gate_", "role_", "model_", "analysis_", "judged_", "why_", "state_", "stage_", "treated_")
     charts = ("_chart", "_alt")
     unused = [
         name
@@ -73,6 +102,7 @@ def test_every_text_is_used() -> None:
 def test_what_the_contract_names_has_a_text() -> None:
     gates = [row["metric"] for row in made_up()["gates"]]
     names = [*(f"metric_{m}" for m in Metric), *(f"role_{r}" for r in Role), *(f"gate_{g}" for g in gates)]
+    names += [*(f"stage_{stage}" for stage in Stage), *(f"state_{state}" for state in get_args(TrialState))]
     assert [name for name in names if not known(name)] == []
 
 
@@ -183,6 +213,20 @@ def test_a_score_that_could_not_be_computed_is_a_gap_and_no_error() -> None:
     row = report["metrics"]["tasks"]["pets"]
     row |= {"merged": None, "retention": None, "intervals": {"base": None, "expert": [0.1, None]}, "baselines": {}}
     assert 'id="chart-scores-accuracy"' in render_html(report)
+
+
+def test_measured_memory_stands_beside_what_was_planned(page: str) -> None:
+    costs = page[page.index('<section id="cost">') : page.index('<section id="recipe">')]
+    for figure in ("5.0 GB", "6.1 GB", "900.0 MB", "4.0 GB"):  # planned, peak, idle, GPU
+        assert figure.replace(" ", "\N{NO-BREAK SPACE}") in costs, figure
+
+
+def test_a_bound_on_memory_is_told_as_one() -> None:
+    report = made_up()
+    report["cost"] |= summed({"merge": [Usage(300.0, 6_100_000_000, None, False, "cpu")]})
+    page = render_html(report)
+    assert "no more than" in page
+    assert "≤ 6.1" in page
 
 
 # Charts

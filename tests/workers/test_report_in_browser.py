@@ -159,6 +159,10 @@ def test_the_language_can_be_changed_and_the_charts_follow(browser: Browser, mad
     reader.page.wait_for_selector("html[data-ready=ja]", timeout=READY_MILLISECONDS)
     assert reader.sees("不合格：6 件の品質ゲートのうち 1 件を満たしませんでした。")
     assert not reader.sees("Rejected")
+    warnings = reader.page.locator("#limits ul").last.inner_text()
+    assert "統合モデルの正解率（0.8）" in warnings
+    assert not re.search(r"samples|head", warnings)
+    assert "ワーカーの最大メモリ（実測）" in reader.page.locator("#cost").inner_text()
     assert reader.page.url.endswith("?lang=ja")
     assert "統合モデル" in (reader.page.locator("#chart-scores-accuracy svg").text_content() or "")
     assert reader.page.title() == "4 個のモデルを cat で 1 個に統合"

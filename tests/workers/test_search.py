@@ -242,6 +242,46 @@ def test_a_trial_without_a_figure_fails_alone(make: Make) -> None:
     assert "NaN or infinity" in (run.study.known[0].detail or "")
 
 
+def give_one_number(checkpoint: Path) -> None:
+    """Leave the first row of a classifier, which makes a regression of it."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors |= {name: tensors[name][:1].contiguous() for name in ("classifier.weight", "classifier.bias")}
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+
+
+def label_with_own_answers(checkpoint: Path, file: Path) -> None:
+    inputs = load_file(file)
+    del inputs["labels"]
+    with torch.no_grad():
+        answers = AutoModelForSequenceClassification.from_pretrained(checkpoint)(**inputs).logits[:, 0]
+    save_file({**inputs, "labels": answers.contiguous()}, file)
+
+
+def test_a_trial_whose_metric_is_no_number_fails_alone(make: Make) -> None:
+    """At scaling 0 the merged model is the base, which gives every sample the same number: no correlation."""
+    run = make({"scaling": [0.0, 0.3, 0.6]}, {"name": "task_arithmetic"}, sampler="grid")
+    for name in ("base", "task1", "task2"):
+        give_one_number(run.folder / name)
+    base = run.folder / "base" / "model.safetensors"
+    tensors = load_file(base)
+    tensors["bert.pooler.dense.weight"].zero_()
+    save_file(tensors, base, {"format": "pt"})
+    recipe = run.recipe.model_dump(mode="json", exclude={"evaluation": {"tasks": {"__all__": {"metrics"}}}})
+    for row in recipe["evaluation"]["tasks"]:
+        row["kind"] = "regression"
+        for file in (row["labeled"], row["validation"]):
+            label_with_own_answers(run.folder / row["task"], Path(file.removeprefix("file://")))
+    measured = replace(run, recipe=Recipe.model_validate(recipe))
+    measured.finish()
+    failed, *others = report_of(measured)["search"]["trials"]
+    assert (failed["state"], failed["value"]) == ("failed", None)
+    assert "retention of task1, task2 on validation samples is no number" in failed["detail"]
+    assert len(others) == 2
+
+
 def test_all_trials_failed(make: Make) -> None:
     run = make({"density": [0.05, 0.04]}, {"name": "della"}, sampler="grid")
     with pytest.raises(BadInput, match="none of the search's 2 trials could be merged and measured; the first one:"):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from service.contract.parts import Done
 from service.contract.recipe import Recipe
 from service.contract.stages import Stage
+from workers.recording import recorded
 from workers.stages.analyze import run as analyze
 from workers.stages.calibrate import run as calibrate
 from workers.stages.evaluate import run as evaluate
@@ -26,11 +27,11 @@ def _by_kind(merge: StageRun, evaluation: StageRun) -> StageRun:
 
 
 RUN: dict[Stage, StageRun] = {
-    Stage.PLAN: _by_kind(plan, plan_evaluation),
-    Stage.CALIBRATE: calibrate,
-    Stage.SEARCH: search,
-    Stage.ANALYZE: analyze,
-    Stage.MERGE: merge,
-    Stage.EVALUATE: _by_kind(evaluate, evaluate_alone),
-    Stage.FINALIZE: _by_kind(finalize, finalize_evaluation),
+    Stage.PLAN: recorded(_by_kind(plan, plan_evaluation)),
+    Stage.CALIBRATE: recorded(calibrate),
+    Stage.SEARCH: recorded(search),
+    Stage.ANALYZE: recorded(analyze),
+    Stage.MERGE: recorded(merge),
+    Stage.EVALUATE: recorded(_by_kind(evaluate, evaluate_alone)),
+    Stage.FINALIZE: recorded(_by_kind(finalize, finalize_evaluation)),
 }

@@ -14,6 +14,7 @@ from service.contract.adapter import ADAPTER_CONFIG
 from service.contract.checkpoint import Checkpoint
 from service.contract.errors import BadTensor
 from service.contract.methods import Cat
+from service.contract.notices import Notice
 from service.contract.parts import Done
 from service.contract.plan import Plan
 from service.contract.recipe import Task, canonical_sha256
@@ -77,7 +78,7 @@ def _warn(work: Work, task: Task, unseen: frozenset[str]) -> tuple[str, ...]:
         return ()
     without = work.recipe.method.combining.without or "kept untrimmed"
     shown = ", ".join(sorted(unseen)[:8]) + (" ..." if len(unseen) > 8 else "")
-    return (f"{task.name}: no statistics for {len(unseen)} parameters, which are {without}: {shown}",)
+    return (Notice("no_statistics", task=task.name, count=len(unseen), treated=without, parameters=shown),)
 
 
 def survey_task(work: Work, plan: Plan, task: Task, reader: TensorReader) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from service.contract import artifacts
 from service.contract.errors import BadInput
 from service.contract.evaluation import TaskEvaluation
+from service.contract.notices import Notice
 from service.contract.parts import Done
 from workers.chosen import as_chosen
 from workers.figures_file import ModelScores, write_scores
@@ -45,10 +46,10 @@ def run(work: Work) -> Done:
         scores = cached_scores(trial, trial.digest(model), load) if model in CACHED else score(trial, load())
         warnings = (*(trial.warnings if model == "merged" else ()), *(_leaks(trial) if model == "base" else ()))
     write_scores(work.objects, artifacts.figures(work.workspace, work.claim.job_id, work.part), scores)
-    return Done(noted(row, model, scores, warnings), warnings)
+    return Done(noted(row, model, scores), warnings)
 
 
-def noted(row: TaskEvaluation, model: str, scores: ModelScores, warnings: Sequence[str]) -> dict[str, Any]:
+def noted(row: TaskEvaluation, model: str, scores: ModelScores) -> dict[str, Any]:
     """What a part of the evaluation leaves in the database."""
     points = {metric.value: _number(values[0]) for metric, values in scores.figures.items()}
     return {
@@ -56,7 +57,6 @@ def noted(row: TaskEvaluation, model: str, scores: ModelScores, warnings: Sequen
         "model": model,
         "samples": scores.samples,
         "scores": points,
-        "warnings": list(warnings),
     }
 
 
@@ -66,10 +66,8 @@ def _leaks(trial: Trial) -> Iterator[str]:
         return
     both = row_digests(trial.samples) & row_digests(trial.read("validation").tensors)
     if both:
-        yield (
-            f"{len(both)} samples of task {trial.row.task!r} are in {trial.row.validation} as well as in "
-            f"{trial.row.labeled}; what a search chooses on the one is then not fairly measured on the other"
-        )
+        row = trial.row
+        yield Notice("leak", count=len(both), task=row.task, validation=row.validation, labeled=row.labeled)
 
 
 def _number(value: float) -> float | None:

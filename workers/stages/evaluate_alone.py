@@ -28,4 +28,4 @@ def run(work: Work) -> Done:
         scores = cached_scores(candidate, candidate.digest(), candidate.load)
         warnings = candidate.warnings
     write_scores(work.objects, artifacts.figures(work.workspace, work.claim.job_id, work.part), scores)
-    return Done(noted(row, model.name, scores, warnings), warnings)
+    return Done(noted(row, model.name, scores), warnings)

@@ -10,6 +10,7 @@ from typing import Any
 
 from service.contract import artifacts
 from service.contract.job import Artifact, Status
+from service.contract.notices import Notice, as_rows
 from service.contract.parts import Done
 from service.contract.plan import HeadPlan, Plan
 from service.contract.stages import Stage
@@ -22,6 +23,7 @@ from workers.figures_file import read_scores
 from workers.gates import judge
 from workers.licenses import read_license
 from workers.provenance import digested, digests, made_by, manifest_of, told, write
+from workers.recording import notices, usage
 from workers.report import Facts, build_report, render_card, render_html
 from workers.scores import doubts, measured, task_scores
 from workers.search_summary import summary
@@ -40,7 +42,7 @@ def run(work: Work) -> Done:
         InputChanged, StorageFailure; Stopped where the job was cancelled before the manifest.
     """
     asked, trials = work.recipe, work.study.trials() if work.study else []
-    work = as_chosen(work)
+    whole_job, work = work, as_chosen(work)
     plan = work.plan()
     stage = Stage.ANALYZE if work.recipe.mode == "analysis" else Stage.MERGE
     merged = work.outputs(stage)[: len(plan.shards)]  # those after are baselines', which are no result
@@ -70,7 +72,8 @@ def run(work: Work) -> Done:
         made_by=made_by(work),
         conflict=_conflict(work, merged) if analysis is None else analysis.conflict(),
         analysis=None if analysis is None else analysis.summary(),
-        warnings=doubtful,
+        warnings=[*notices(whole_job), *as_rows(doubtful)],
+        usage=usage(whole_job),
         search=found,
         asked=asked,
     )
@@ -114,7 +117,7 @@ def _conflict(work: Work, merged: Sequence[dict[str, Any]]) -> dict[str, Any] | 
     return total(found, len(tasks)).summary(tasks) if found and len(tasks) > 1 else None
 
 
-def _metrics(work: Work, plan: Plan) -> tuple[dict[str, Any] | None, list[str]]:
+def _metrics(work: Work, plan: Plan) -> tuple[dict[str, Any] | None, list[Notice]]:
     """What was measured, and where it is in doubt. None without an evaluation."""
     evaluation = work.recipe.evaluation
     if evaluation is None:
@@ -128,10 +131,9 @@ def _metrics(work: Work, plan: Plan) -> tuple[dict[str, Any] | None, list[str]]:
         task_scores(evaluation, row, found[each * index : each * (index + 1)])
         for index, row in enumerate(evaluation.tasks)
     ]
-    *outputs, last = work.outputs(Stage.EVALUATE)
+    last = work.outputs(Stage.EVALUATE)[-1]
     metrics = {**measured(evaluation, scores), "speed": last["speed"], "parameters": _parameters(work, plan)}
-    noted = dict.fromkeys(sentence for output in outputs for sentence in output["warnings"])
-    return metrics, [*noted, *doubts(evaluation, scores)]
+    return metrics, doubts(evaluation, scores)
 
 
 def _parameters(work: Work, plan: Plan) -> dict[str, int]:

@@ -9,9 +9,9 @@ from service.contract import artifacts
 from service.contract.evaluating import EvaluationRecipe
 from service.contract.evaluation_plan import inputs_of
 from service.contract.job import Artifact, Status
+from service.contract.notices import as_rows
 from service.contract.parts import Done
 from service.contract.plan import Plan
-from service.contract.stages import Stage
 from service.stores.objects import failures
 from workers.cleanup import remove_scratch
 from workers.evaluation_report import EvaluationFacts, build_evaluation_report
@@ -19,6 +19,7 @@ from workers.figures_file import ModelScores, read_scores
 from workers.licenses import read_license
 from workers.page import render_page
 from workers.provenance import digested, digests, made_by, manifest_of, told, write
+from workers.recording import notices, usage
 from workers.standing import evaluated, judged, uncertain
 from workers.tensors import write_artifact
 from workers.work import Work
@@ -33,7 +34,7 @@ def run(work: Work) -> Done:
     recipe, plan = work.evaluation_recipe, work.plan()
     found = _scores(work, recipe)
     metrics = evaluated(recipe, found, {model.name: _size(plan, recipe, model.name) for model in recipe.models})
-    verdicts, warnings = judged(recipe, metrics), [*_noted(work), *uncertain(recipe, found)]
+    verdicts, doubtful = judged(recipe, metrics), uncertain(recipe, found)
     files = [digested(work, plan.prefix, name) for name in (artifacts.RECIPE, artifacts.PLAN)]
     inputs = digests(work, plan)
     report = build_evaluation_report(
@@ -46,7 +47,8 @@ def run(work: Work) -> Done:
             inputs=told(inputs),
             made_by=made_by(work),
             licenses={model.name: read_license(work.objects, model.checkpoint) for model in recipe.models},
-            warnings=warnings,
+            warnings=[*notices(work), *as_rows(doubtful)],
+            usage=usage(work),
         )
     )
     files.append(write(work, artifacts.REPORT_JSON, json.dumps(report, indent=2)))
@@ -57,7 +59,7 @@ def run(work: Work) -> Done:
     whole = [*files, write_artifact(work.objects, plan.prefix, artifacts.MANIFEST, manifest)]
     with failures():
         remove_scratch(work.objects, work.workspace, work.claim.job_id)
-    return Done(status=status, result=_result(report, plan, whole), warnings=tuple(warnings))
+    return Done(status=status, result=_result(report, plan, whole), warnings=tuple(doubtful))
 
 
 def _scores(work: Work, recipe: EvaluationRecipe) -> dict[tuple[str, str], ModelScores]:
@@ -66,11 +68,6 @@ def _scores(work: Work, recipe: EvaluationRecipe) -> dict[tuple[str, str], Model
         (row.task, model.name): read_scores(work.objects, artifacts.figures(work.workspace, work.claim.job_id, index))
         for index, (row, model) in enumerate(recipe.parts)
     }
-
-
-def _noted(work: Work) -> list[str]:
-    """What the parts of the evaluation have to say, each sentence once."""
-    return list(dict.fromkeys(text for output in work.outputs(Stage.EVALUATE) for text in output["warnings"]))
 
 
 def _size(plan: Plan, recipe: EvaluationRecipe, model: str) -> int:

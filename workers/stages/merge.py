@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from service.contract import artifacts
+from service.contract.notices import Notice
 from service.contract.parts import Done
 from service.contract.plan import Plan, TensorPlan
 from service.stores.objects import failures
@@ -119,4 +120,5 @@ TOTALS = ("vectors", "trimmed", "energy", "energy_removed", "measured", "conflic
 def kept(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     """A sentence for each parameter that was not trimmed though it should have been, the first 20."""
     reasons = {row["parameter"]: row["reason"] for row in rows if row["reason"]}
-    return tuple(f"{parameter}: kept untrimmed, {reason}" for parameter, reason in list(reasons.items())[:20])
+    first = list(reasons.items())[:20]
+    return tuple(Notice("kept_untrimmed", parameter=parameter, **reason.values) for parameter, reason in first)

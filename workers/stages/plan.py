@@ -58,7 +58,7 @@ def run(work: Work) -> Done:
     clear(work)
     write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
     write(work, artifacts.PLAN, plan.model_dump_json())
-    return Done(warnings=plan.warnings, parts=tuple(_parts(recipe, plan)))
+    return Done(warnings=(*found.warnings, *skeleton.warnings), parts=tuple(_parts(recipe, plan)))
 
 
 def _read_samples(objects: Objects, recipe: Recipe) -> dict[str, CheckpointFile]:

@@ -1,0 +1,46 @@
+"""Leaves in every part's output what the last stage tells of it, and gathers it there: what it took and warned of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+from service.contract.notices import as_rows
+from service.contract.parts import Done
+from service.contract.stages import ORDER, Stage
+from workers.metering import Meter
+from workers.usage import Usage, summed
+from workers.work import Work
+
+Run = Callable[[Work], Done]
+
+
+def recorded(run: Run) -> Run:
+    """The stage, with ``usage`` and ``notices`` in its output; while it runs it may ask what it took so far."""
+
+    @wraps(run)
+    def with_record(work: Work) -> Done:
+        meter = Meter(work.device)
+        done = run(replace(work, used=meter.usage))
+        output = {**done.output, "usage": meter.usage().as_dict(), "notices": as_rows(done.warnings)}
+        return replace(done, output=output)
+
+    return with_record
+
+
+def notices(work: Work) -> list[dict[str, Any]]:
+    """What the parts of all stages warned of."""
+    return [row for stage in ORDER for output in work.outputs(stage) for row in output.get("notices", ())]
+
+
+def usage(work: Work) -> dict[str, Any]:
+    """What the parts of all stages took, and this one until now."""
+    found = {
+        stage.value: [Usage.from_dict(output["usage"]) for output in work.outputs(stage) if "usage" in output]
+        for stage in ORDER
+    }
+    if work.used is not None:
+        found[Stage.FINALIZE.value].append(work.used())
+    return summed(found)
