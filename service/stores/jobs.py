@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, literal, or_, select
+from sqlalchemy import Connection, Row, Select, delete, func, select
 
 from service.contract.errors import (
     Blame,
@@ -23,7 +23,7 @@ from service.contract.recipe import Recipe
 from service.contract.stages import NewPart, PartMessage, Stage
 from service.stores.database import Database, now
 from service.stores.parts import ask_for, ready_messages, reopen, withdraw
-from service.stores.records import ACTIVE, event_of, lock_job, record, views
+from service.stores.records import ACTIVE, event_of, is_committing, lock_job, overlaps, record, views
 from service.stores.schema import events, idempotency_keys, jobs, parts
 
 ID_PREFIX = "mrg_"
@@ -138,7 +138,7 @@ class JobStore:
         with self._database.write() as connection:
             row = _own(lock_job(connection, job_id), caller, job_id)
             expect(_one_view(connection, job_id))
-            changes = row.status in ACTIVE and not _is_committing(connection, job_id)
+            changes = row.status in ACTIVE and not is_committing(connection, job_id)
             if changes:
                 withdraw(connection, job_id)
                 ended = {"status": Status.CANCELLED.value, "finished_at": now()}
@@ -218,11 +218,6 @@ def _one_view(connection: Connection, job_id: str) -> Job:
     return views(connection, connection.execute(select(jobs).where(jobs.c.id == job_id)).all())[0]
 
 
-def _is_committing(connection: Connection, job_id: str) -> bool:
-    alive = (parts.c.job_id == job_id, parts.c.committing, parts.c.lease_until > now())
-    return connection.execute(select(parts.c.part).where(*alive)).first() is not None
-
-
 def _kept(connection: Connection, key: IdempotencyKey | None) -> KeptAnswer | None:
     if key is None:
         return None
@@ -261,7 +256,7 @@ def _next_id(connection: Connection) -> str:
 def _refuse_taken(connection: Connection, prefix: str, *, except_job: str) -> None:
     """Two jobs at work in one folder would make one result of both."""
     taken = connection.execute(
-        select(jobs.c.id).where(jobs.c.status.in_(ACTIVE), jobs.c.id != except_job, _overlaps(prefix))
+        select(jobs.c.id).where(jobs.c.status.in_(ACTIVE), jobs.c.id != except_job, overlaps(prefix))
     ).first()
     if taken is not None:
         raise OutputExists(
@@ -271,20 +266,8 @@ def _refuse_taken(connection: Connection, prefix: str, *, except_job: str) -> No
 
 def _overtaken(connection: Connection, job_id: str, prefix: str, queued_at: float) -> str | None:
     """A job that was put in the same folder, above it or below it, after this one."""
-    later = (jobs.c.queued_at > queued_at, jobs.c.id != job_id, _overlaps(prefix))
+    later = (jobs.c.queued_at > queued_at, jobs.c.id != job_id, overlaps(prefix))
     return connection.execute(select(jobs.c.id).where(*later).limit(1)).scalar_one_or_none()
-
-
-def _overlaps(prefix: str) -> ColumnElement[bool]:
-    """Whether a job's folder is this one, above it or below it.
-
-    Not by LIKE: to SQLite's, letter case makes no difference, and to both the underscore of a folder is a wildcard.
-    """
-    length = len(prefix)
-    return or_(
-        func.substr(jobs.c.prefix, 1, length) == prefix,
-        func.substr(literal(prefix), 1, func.length(jobs.c.prefix)) == jobs.c.prefix,
-    )
 
 
 def _new_row(job_id: str, prefix: str, submission: Submission) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, func, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, func, literal, or_, select, update
 from sqlalchemy import case as sql_case
 
 from service.contract.job import Event, FailureRecord, Job, Progress, Status
@@ -22,6 +22,12 @@ def lock_job(connection: Connection, job_id: str) -> Row[Any] | None:
     return connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
 
 
+def is_committing(connection: Connection, job_id: str) -> bool:
+    """Whether the job's last part is just then making its result visible."""
+    alive = (parts.c.job_id == job_id, parts.c.committing, parts.c.lease_until > now())
+    return connection.execute(select(parts.c.part).where(*alive)).first() is not None
+
+
 def record(connection: Connection, job_id: str, kind: str, data: Mapping[str, Any], **changes: Any) -> None:
     """Write a transition: the job's changed columns, its version, and its event with the next number, together."""
     seq = connection.execute(
@@ -36,6 +42,18 @@ def record(connection: Connection, job_id: str, kind: str, data: Mapping[str, An
 def touch(connection: Connection, job_id: str) -> None:
     """Say that the job's progress changed, so that its ETag does."""
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(version=jobs.c.version + 1))
+
+
+def overlaps(prefix: str) -> ColumnElement[bool]:
+    """Whether a job's folder is this one, above it or below it.
+
+    Not by LIKE: to SQLite's, letter case makes no difference, and to both the underscore of a folder is a wildcard.
+    """
+    length = len(prefix)
+    return or_(
+        func.substr(jobs.c.prefix, 1, length) == prefix,
+        func.substr(literal(prefix), 1, func.length(jobs.c.prefix)) == jobs.c.prefix,
+    )
 
 
 def job_of(row: Row[Any], progress: Progress, queue_position: int | None) -> Job:

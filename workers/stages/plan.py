@@ -55,6 +55,7 @@ def run(work: Work) -> Done:
         warnings=skeleton.warnings,
         samples=samples,
     )
+    work.watch.confirm()  # a worker that is late would take away the result of the one that took over
     _clear(work)
     _write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
     _write(work, artifacts.PLAN, plan.model_dump_json())

@@ -259,8 +259,7 @@ def test_one_owner_at_a_time_has_a_duty(parts: PartStore) -> None:
 
 def test_the_times_of_a_job_are_the_databases(jobs: JobStore, parts: PartStore, database: Database) -> None:
     job = submit(jobs)
-    claim(parts, job.id)
-    cost = parts.so_far(job.id)
+    cost = parts.so_far(claim(parts, job.id))
     seen = jobs.get(ME, job.id)
     assert (cost.created_at, cost.started_at) == (seen.created_at, seen.started_at)
     assert cost.started_at <= cost.now <= database.clock()
