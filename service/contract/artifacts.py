@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 RECIPE = "merge/recipe.json"
 PLAN = "merge/plan.json"
 ANALYSIS = "merge/analysis.json"
@@ -12,6 +14,13 @@ MANIFEST = "merge/manifest.json"
 MODEL_CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+
+LARGE = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|heads/[^/]+\.safetensors|merge/removed-\d{5}\.safetensors"
+    r"|merge/(plan|report|recipe|analysis|manifest)\.json|merge/report\.html|merge/trim-log\.jsonl"
+    r"|[^/]+\.(json|txt|model)"
+    r"|((merge|heads)/)?\.catmerge-staging-[0-9a-f]+"  # a file that is being written tells nothing else
+)
 
 MEDIA_TYPES = {
     "json": "application/json",
@@ -54,6 +63,11 @@ def removed(index: int) -> str:
 def head(task: str) -> str:
     """Name of a task's head."""
     return f"heads/{task}.safetensors"
+
+
+def may_be_ours(name: str) -> bool:
+    """Whether a file that was left half written in a job's folder has a name under which merges write."""
+    return LARGE.fullmatch(name) is not None
 
 
 def default_prefix(workspace: str, job_id: str) -> str:

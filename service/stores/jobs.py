@@ -299,6 +299,7 @@ def _reopened(row: Row[Any], stage: Stage | None) -> dict[str, Any]:
         "attempt": row.attempt + 1,
         "error": None,
         "finished_at": None,
+        "tidied_at": None,
         "queued_at": now(),
         "deadline_at": None if seconds is None else now() + seconds,
     }

@@ -254,12 +254,6 @@ class PartStore:
             old = idempotency_keys.c.created_at < now() - older_than_seconds
             return connection.execute(delete(idempotency_keys).where(old)).rowcount
 
-    def forget_expired_jobs(self) -> int:
-        """Forget finished jobs past their ``expires_at``; their artifacts stay."""
-        with self._database.write() as connection:
-            expired = (jobs.c.expires_at < now(), jobs.c.status.not_in(ACTIVE))
-            return connection.execute(delete(jobs).where(*expired)).rowcount
-
     def _retry_or_fail(self, connection: Connection, row: Row[Any], failure: Failure) -> bool:
         if not failure.retryable or row.tries >= self._part_attempts:
             fail_job(connection, row.job_id, failure)

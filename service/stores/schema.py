@@ -49,9 +49,12 @@ jobs = Table(
     Column("finished_at", Double),
     Column("deadline_at", Double),
     Column("expires_at", Double),
+    Column("tidied_at", Double),  # when what its workers may have left half written was cleared away
     Index(None, "caller", "id"),
     Index(None, "status", "id"),
     Index(None, "prefix"),
+    Index(None, "tidied_at", "finished_at"),
+    Index(None, "expires_at"),
 )
 
 parts = Table(
