@@ -55,7 +55,6 @@ def run(work: Work) -> Done:
         warnings=skeleton.warnings,
         samples=samples,
     )
-    work.watch.confirm()  # a worker that is late would take away the result of the one that took over
     _clear(work)
     _write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
     _write(work, artifacts.PLAN, plan.model_dump_json())
@@ -112,8 +111,10 @@ def _clear(work: Work) -> None:
                 f"{prefix} was free when the job was submitted, and holds the result of {manifest.get('job')} by now; "
                 "submit with another prefix, or with output.overwrite"
             )
+        work.watch.confirm()  # a worker that is late would take away the result of the one that took over
         objects.delete(prefix + artifacts.MANIFEST)
         for file in manifest["files"]:
+            work.watch.step()
             objects.delete(prefix + file["name"])
 
 
