@@ -134,10 +134,10 @@ class Arena:
 
     def uploads(self) -> list[str]:
         """Multipart uploads that nobody has completed or aborted."""
-        found = self._s3().list_multipart_uploads(Bucket=BUCKET)
-        return [row["Key"] for row in found.get("Uploads", [])]
+        place = f"s3://{BUCKET}/"
+        return [found.address.removeprefix(place) for found in self.stack.objects.unfinished(place)]
 
-    def _s3(self) -> Any:
+    def s3_client(self) -> Any:
         return boto3.client(
             "s3",
             endpoint_url=self.s3.url,

@@ -417,7 +417,7 @@ def test_another_etag_in_the_middle_of_a_checkpoint_is_no_part_of_the_result(are
 
 def test_a_worker_is_killed_in_the_middle_of_a_large_upload(arena: Arena, large: dict[str, Any]) -> None:
     """What it had sent is dropped once the job has ended; somebody else's upload beside it is let be."""
-    client = arena._s3()
+    client = arena.s3_client()
     theirs = client.create_multipart_upload(Bucket=BUCKET, Key="theirs/notes.bin")["UploadId"]
     rule = arena.store.hold("PUT .*partNumber=2")
     job_id = arena.stack.submit({**large, "output": {"prefix": f"s3://{BUCKET}/theirs/"}})["id"]
