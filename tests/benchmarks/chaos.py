@@ -236,6 +236,10 @@ def lost(chaos: Chaos, undisturbed: dict[str, str]) -> list[str]:
             chaos.arena.check(job_id, undisturbed)
         except Exception as error:
             found.append(f"{job_id}: {type(error).__name__}: {str(error)[:300]}")
+    try:
+        chaos.arena.check_nothing_left()
+    except Exception as error:
+        found.append(f"something is left: {type(error).__name__}: {str(error)[:300]}")
     return found
 
 
@@ -257,7 +261,6 @@ def run(minutes: float, workers: int, seed: int) -> int:
                 time.sleep(0.2)
             recovered = time.monotonic() - calm
             losses = lost(chaos, undisturbed)
-            arena.check_nothing_left()
             print(f"{len(chaos.accepted)} jobs in {minutes:g} minutes over {workers} workers, seed {seed}")
             for fault, times in chaos.faults.most_common():
                 print(f"  {times:4d}  {fault}")

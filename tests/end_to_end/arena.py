@@ -208,7 +208,7 @@ class Arena:
     def check_nothing_left(self) -> None:
         """No lease, no lock, no transaction left open, no upload that nobody ends."""
         until(lambda: not self.uploads(), "unfinished uploads are swept", self.logs)
-        with psycopg.connect(self.postgres.server.dsn.replace("/postgres", "/attack")) as connection:
+        with psycopg.connect(self.postgres.server.dsn.rpartition("/")[0] + "/attack") as connection:
             waiting = connection.execute("select count(*) from pg_locks where not granted").fetchone()
             idle = connection.execute(
                 "select count(*) from pg_stat_activity where datname = 'attack' "

@@ -391,15 +391,14 @@ def _has_ended(arena: Arena, job_id: str) -> bool:
         ("PUT .*model-", faulty.failing(503), 3),
         ("PUT .*model-", faulty.refused, 2),
         ("PUT .*(model-|merge/)", faulty.unanswered, 3),
-        ("GET .*models/", faulty.whole_for_a_range, 1000),
-        (".", faulty.without_conditions, 1000),
         ("PUT", faulty.doubled, 1000),
     ],
-    ids=["latency", "cut", "short", "500", "503", "refused", "unanswered", "200-for-range", "no-conditions", "twice"],
+    ids=["latency", "cut", "short", "500", "503", "refused", "unanswered", "twice"],
 )
 def test_the_object_store_does_harm(
     arena: Arena, pair: Family, undisturbed: dict[str, str], pattern: str, harm: Harm, times: int
 ) -> None:
+    """The server behind the proxy ignores conditions and answers ranges with status 200, as some do, by itself."""
     rule = arena.store.harm(pattern, harm, times=times)
     job_id = arena.stack.submit(recipe(pair))["id"]
     arena.check(job_id, undisturbed)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run_machine
 from sqlalchemy import select, update
 
@@ -17,7 +17,7 @@ from service.contract.parts import Claim, Counters, Done
 from service.contract.stages import NewPart, PartMessage, Stage
 from service.dispatch import Dispatcher
 from service.stores.database import Database
-from service.stores.jobs import IdempotencyKey, JobStore, KeptAnswer
+from service.stores.jobs import FIRST_PART, IdempotencyKey, JobStore, KeptAnswer
 from service.stores.parts import PartStore
 from service.stores.records import ACTIVE
 from service.stores.schema import events, jobs, metadata, parts
@@ -35,6 +35,7 @@ PLANNED = (
     NewPart(Stage.FINALIZE, 0, "finalize", 1.0),
 )
 KEYS = ("red", "green", None)
+WHICH = st.integers(0, 5)
 
 
 class Bell(Dispatcher):
@@ -77,9 +78,6 @@ class Machine(RuleBasedStateMachine):
 
     database: Database  # set by the test, fresh for each run
 
-    ids = Bundle("ids")
-    claims = Bundle("claims")  # None, where there was nothing to claim
-
     @initialize()
     def open(self) -> None:
         with self.database.write() as connection:
@@ -91,34 +89,37 @@ class Machine(RuleBasedStateMachine):
         self.sweeper = Sweeper(self.parts, self.bell, Rhythm(resend_after_seconds=30))
         self.models: dict[str, Model] = {}
         self.keys: dict[str, str] = {}
+        self.claims: list[Claim] = []  # of workers that live, whether or not they still hold their parts
 
     # --- callers
 
-    @rule(target=ids, key=st.sampled_from(KEYS))
-    def submit(self, key: str | None) -> str:
+    @precondition(lambda self: len(self.models) < 3)
+    @rule(key=st.sampled_from(KEYS))
+    def submit(self, key: str | None) -> None:
         kept = None if key is None else IdempotencyKey("me", key, "same body")
         stored = submit_with_key(self.jobs, kept)
         if isinstance(stored, KeptAnswer):
             assert key is not None
             assert stored.body["id"] == self.keys[key], "a key is one job, however often it is used"
-            return self.keys[key]
+            return
         assert key not in self.keys
         if key is not None:
             self.keys[key] = stored.id
         self.models[stored.id] = Model()
-        return stored.id
 
-    @rule(job_id=ids)
-    def cancel(self, job_id: str) -> None:
-        model = self.models[job_id]
+    @precondition(lambda self: self.models)
+    @rule(which=WHICH)
+    def cancel(self, which: int) -> None:
+        job_id, model = self._job(which)
         job, was_active = self.jobs.cancel(ME, job_id)
         assert was_active == (model.ended is None)
         if was_active and job.status is Status.CANCELLED:
             model.end(Status.CANCELLED)
 
-    @rule(job_id=ids)
-    def retry(self, job_id: str) -> None:
-        model = self.models[job_id]
+    @precondition(lambda self: self.models)
+    @rule(which=WHICH)
+    def retry(self, which: int) -> None:
+        job_id, model = self._job(which)
         can_be = model.ended in (Status.FAILED, Status.CANCELLED)
         try:
             job, _ = self.jobs.retry(ME, job_id)
@@ -131,19 +132,23 @@ class Machine(RuleBasedStateMachine):
 
     # --- workers
 
-    @rule(target=claims, job_id=ids, worker=st.sampled_from("ab"), stage=st.sampled_from(Stage), part=st.integers(0, 1))
-    def any_message(self, job_id: str, worker: str, stage: Stage, part: int) -> Claim | None:
+    @precondition(lambda self: self.models)
+    @rule(which=WHICH, part=st.sampled_from([*PLANNED, FIRST_PART, NewPart(Stage.SEARCH, 0, "no such part", 1.0)]))
+    def any_message(self, which: int, part: NewPart) -> None:
         """Whatever a broker may deliver: early, late, twice, or about nothing."""
-        return self._claim(PartMessage(stage, job_id, part), worker)
+        self._take(PartMessage(part.stage, self._job(which)[0], part.part))
 
-    @rule(target=claims, worker=st.sampled_from("ab"), again=st.booleans(), data=st.data())
-    def delivery(self, worker: str, again: bool, data: st.DataObject) -> Claim | None:
+    @precondition(lambda self: self.bell.rung)
+    @rule(which=WHICH, again=st.booleans())
+    def delivery(self, which: int, again: bool) -> None:
         """A message that was sent is delivered, and may be delivered again."""
-        if not self.bell.rung:
-            return None
-        position = data.draw(st.integers(0, len(self.bell.rung) - 1))
-        message = self.bell.rung[position] if again else self.bell.rung.pop(position)
-        return self._claim(message, worker)
+        position = which % len(self.bell.rung)
+        self._take(self.bell.rung[position] if again else self.bell.rung.pop(position))
+
+    def _take(self, message: PartMessage) -> None:
+        claim = self._claim(message, f"worker {len(self.claims)}")
+        if claim is not None:
+            self.claims.append(claim)
 
     def _claim(self, message: PartMessage, worker: str) -> Claim | None:
         model, part = self.models[message.job_id], (message.stage, message.part)
@@ -155,26 +160,31 @@ class Machine(RuleBasedStateMachine):
             model.held[part] = Lease(claim.token)
         return claim
 
-    @rule(claim=claims)
-    def beat(self, claim: Claim | None) -> None:
-        if claim is not None:
-            lease = self._lease(claim)
-            assert self.parts.is_held(claim) == (lease is not None)
-            assert self.parts.heartbeat(claim, Counters(tensors_done=1)) == (lease is not None)
-            if lease is not None:
-                lease.seconds = LEASE_SECONDS
+    @precondition(lambda self: self.claims)
+    @rule(which=WHICH)
+    def beat(self, which: int) -> None:
+        claim = self.claims[which % len(self.claims)]
+        lease = self._lease(claim)
+        assert self.parts.is_held(claim) == (lease is not None)
+        assert self.parts.heartbeat(claim, Counters(tensors_done=1)) == (lease is not None)
+        if lease is not None:
+            lease.seconds = LEASE_SECONDS
 
-    @rule(claim=claims)
-    def commit_point(self, claim: Claim | None) -> None:
+    @precondition(lambda self: any(claim.stage is Stage.FINALIZE for claim in self.claims))
+    @rule(which=WHICH)
+    def commit_point(self, which: int) -> None:
         """Only of the last part, which makes the result visible."""
-        if claim is not None and claim.stage is Stage.FINALIZE:
-            assert self.parts.commit_point(claim) == (self._lease(claim) is not None)
+        last = [claim for claim in self.claims if claim.stage is Stage.FINALIZE]
+        claim = last[which % len(last)]
+        assert self.parts.commit_point(claim) == (self._lease(claim) is not None)
 
-    @rule(claim=claims, twice=st.booleans())
-    def complete(self, claim: Claim | None, twice: bool) -> None:
+    @precondition(lambda self: self.claims)
+    @rule(which=WHICH, twice=st.booleans())
+    def complete(self, which: int, twice: bool) -> None:
+        self._complete(self.claims[which % len(self.claims)], twice)
+
+    def _complete(self, claim: Claim, twice: bool) -> None:
         """A worker is done, and may say so again where it got no answer."""
-        if claim is None:
-            return
         model, holds = self.models[claim.job_id], self._lease(claim) is not None
         done = Done()
         if claim.stage is Stage.PLAN:
@@ -192,10 +202,10 @@ class Machine(RuleBasedStateMachine):
         if twice:
             assert self.parts.complete(claim, done, Counters()) is None
 
-    @rule(claim=claims, final=st.booleans())
-    def fail(self, claim: Claim | None, final: bool) -> None:
-        if claim is None:
-            return
+    @precondition(lambda self: self.claims)
+    @rule(which=WHICH, final=st.booleans())
+    def fail(self, which: int, final: bool) -> None:
+        claim = self.claims[which % len(self.claims)]
         model, holds = self.models[claim.job_id], self._lease(claim) is not None
         has_failed = self.parts.fail(claim, BadTensor("NaN") if final else StorageFailure("a blip"))
         assert has_failed <= holds
@@ -205,17 +215,30 @@ class Machine(RuleBasedStateMachine):
         elif holds:
             del model.held[claim.stage, claim.part]
 
-    @rule(claim=consumes(claims))
-    def release(self, claim: Claim | None) -> None:
-        if claim is not None:
-            holds = self._lease(claim) is not None
-            assert (self.parts.release(claim) is not None) == holds
-            if holds:
-                del self.models[claim.job_id].held[claim.stage, claim.part]
+    @precondition(lambda self: self.claims)
+    @rule(which=WHICH)
+    def release(self, which: int) -> None:
+        claim = self.claims.pop(which % len(self.claims))
+        holds = self._lease(claim) is not None
+        assert (self.parts.release(claim) is not None) == holds
+        if holds:
+            del self.models[claim.job_id].held[claim.stage, claim.part]
 
-    @rule(claim=consumes(claims))
-    def crash(self, claim: Claim | None) -> None:
+    @precondition(lambda self: self.claims)
+    @rule(which=WHICH)
+    def crash(self, which: int) -> None:
         """The worker is gone: nobody will ever speak for this claim again."""
+        self.claims.pop(which % len(self.claims))
+
+    @precondition(lambda self: self.claims)
+    @rule(which=WHICH)
+    def overrun(self, which: int) -> None:
+        """A worker stands still until another one has its part, and goes on as if nothing had happened."""
+        claim = self.claims[which % len(self.claims)]
+        self.time_passes(PASSES[-1])
+        self.sweep(1)
+        self.time_passes(PASSES[-1])  # the pause before the next try
+        self._take(PartMessage(claim.stage, claim.job_id, claim.part))
 
     # --- time, sweepers and the broker
 
@@ -288,10 +311,15 @@ class Machine(RuleBasedStateMachine):
             self.time_passes(PASSES[-1])
             self.sweep(1)
             for message in list(self.bell.rung):
-                self.complete(self._claim(message, "last"), False)
+                claim = self._claim(message, "last")
+                if claim is not None:
+                    self._complete(claim, False)
         assert all(model.ended for model in self.models.values())
         self.history_is_whole()
         self.parts_are_where_they_should_be()
+
+    def _job(self, which: int) -> tuple[str, Model]:
+        return list(self.models.items())[which % len(self.models)]
 
     def _lease(self, claim: Claim) -> Lease | None:
         """The claim's lease, if the part is still its."""
@@ -332,9 +360,10 @@ def test_whatever_happens_in_whatever_order(database: Database) -> None:
         Run,
         settings=settings(
             max_examples=30,
-            stateful_step_count=40,
+            stateful_step_count=50,
             deadline=None,
             database=None,
+            phases=[Phase.generate],  # to shrink a run of databases takes minutes
             suppress_health_check=list(HealthCheck),
         ),
     )
