@@ -13,7 +13,8 @@ class Settings(BaseSettings):
 
     ``public_url`` is how callers reach this service, without a slash at its end; links in answers begin with it.
     Omitted, links are paths. ``job_retention_days`` is how long a job is remembered after it was submitted (None:
-    until somebody deletes it); its artifacts stay.
+    until somebody deletes it); its artifacts stay, unless ``expire_artifacts``. ``cache_bytes`` is what cached
+    statistics and scores may take (None: no limit).
     """
 
     model_config = SettingsConfigDict(env_prefix="CATMERGE_", env_ignore_empty=True, extra="ignore", frozen=True)
@@ -27,6 +28,9 @@ class Settings(BaseSettings):
     job_retention_days: float | None = Field(None, gt=0)
     sweep_seconds: float = Field(1.0, gt=0, le=3600)
     resend_after_seconds: float = Field(30.0, gt=0)
+    housekeeping_seconds: float = Field(60.0, gt=0)
+    expire_artifacts: bool = False
+    cache_bytes: int | None = Field(None, ge=0)
     migrate_at_start: bool = Field(True, description="Else somebody runs catmerge migrate before this version starts")
 
     @field_validator("public_url")

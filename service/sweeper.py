@@ -18,16 +18,14 @@ logger = logging.getLogger(__name__)
 
 DUTY = "sweep"
 BATCH = 1000
-HOUSEKEEPING_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class Rhythm:
-    """How often to sweep, when to send again, and how long to keep idempotency keys."""
+    """How often to sweep, and when to send again."""
 
     sweep_seconds: float = 1.0
     resend_after_seconds: float = 30.0
-    keep_keys_seconds: float = 7 * 86400.0
 
 
 class Sweeper:
@@ -40,7 +38,6 @@ class Sweeper:
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
-        self._until_housekeeping = 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -67,11 +64,6 @@ class Sweeper:
         self._parts.take_back_expired()
         self._parts.end_overdue()
         self._send_due()
-        self._until_housekeeping -= self._rhythm.sweep_seconds
-        if self._until_housekeeping <= 0:
-            self._until_housekeeping = HOUSEKEEPING_SECONDS
-            self._parts.forget_keys(self._rhythm.keep_keys_seconds)
-            self._parts.forget_expired_jobs()
 
     def _send_due(self) -> None:
         due = self._parts.due(self._rhythm.resend_after_seconds, BATCH)

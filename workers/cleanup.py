@@ -9,16 +9,19 @@ from service.contract import artifacts
 from service.contract.parts import Claim
 from service.contract.plan import Plan
 from service.contract.stages import Stage
-from service.stores.objects import Objects
+from service.stores.objects import Objects, StoreError
 from workers.work import PLAN_LIMIT_BYTES
 
 logger = logging.getLogger(__name__)
 
 
 def remove_scratch(objects: Objects, workspace: str, job_id: str) -> None:
-    """Delete what only later stages needed."""
-    for info in list(objects.list(artifacts.scratch(workspace, job_id))):
-        objects.delete(info.address)
+    """Delete what only later stages needed, best effort: the service sweeps what a job that has ended leaves there."""
+    try:
+        for info in list(objects.list(artifacts.scratch(workspace, job_id))):
+            objects.delete(info.address)
+    except StoreError:
+        logger.exception("Could not remove what %s left in scratch", job_id)
 
 
 def remove_outputs(objects: Objects, claim: Claim, workspace: str) -> None:
@@ -26,12 +29,13 @@ def remove_outputs(objects: Objects, claim: Claim, workspace: str) -> None:
 
     Only what its plan names: a recipe that may overwrite can point at a folder with other people's files in it.
     """
+    remove_scratch(objects, workspace, claim.job_id)
     try:
-        remove_scratch(objects, workspace, claim.job_id)
         # A job that failed at planning has written nothing, and an earlier result there is still whole.
         if claim.stage is not Stage.PLAN:
             plan = Plan.model_validate_json(objects.read_all(claim.prefix + artifacts.PLAN, PLAN_LIMIT_BYTES))
-            objects.delete(claim.prefix + artifacts.PLAN)  # first: without it, no other part can go on by mistake
+            objects.delete(claim.prefix + artifacts.MANIFEST)  # of a worker that wrote it and could not say so
+            objects.delete(claim.prefix + artifacts.PLAN)  # next: without it, no other part can go on by mistake
             for name in _names(plan):
                 objects.delete(claim.prefix + name)
     except Exception:  # the job has failed already; what is left is no result, and goes with its record

@@ -32,9 +32,9 @@ def to_bytes(scores: ModelScores) -> bytes:
 
 def from_bytes(data: bytes) -> ModelScores:
     """The scores of a file that ``to_bytes`` made."""
-    tensors = load(data)
+    tensors = load(data)  # in another order in every process
     (samples,) = tensors.pop(SAMPLES)
-    return ModelScores(int(samples), {Metric(name): values for name, values in tensors.items()})
+    return ModelScores(int(samples), {metric: tensors[metric.value] for metric in Metric if metric.value in tensors})
 
 
 def read_scores(objects: Objects, address: str) -> ModelScores:

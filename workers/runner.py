@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from sqlalchemy.exc import DBAPIError
 
 from service.contract.asked import AnyRecipe
 from service.contract.errors import Failure, Stopped, WorkerError
@@ -13,11 +17,11 @@ from service.contract.parts import Claim, Done
 from service.contract.recipe import Recipe
 from service.contract.settings import Connections
 from service.contract.stages import PartMessage, Stage
-from service.stores.database import Database
+from service.stores.database import Database, is_outage
 from service.stores.objects import open_objects
 from service.stores.parts import PartStore
 from service.stores.studies import JobStudy
-from workers.cleanup import remove_outputs
+from workers.cleanup import remove_outputs, remove_scratch
 from workers.watch import Heartbeat, Watch
 from workers.work import Work
 
@@ -25,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 Ring = Callable[[Sequence[PartMessage]], None]
 StageRun = Callable[[Work], Done]
+T = TypeVar("T")
+
+OUTAGE_LEASES = 2  # how long a worker waits for a database that is away; nobody can take its part over meanwhile
+OUTAGE_PAUSE_SECONDS = 0.5
 
 
 class Runner:
@@ -60,12 +68,16 @@ class Runner:
     def run(self, message: PartMessage) -> None:
         """Do the part that a message points at, unless it is done, claimed or withdrawn."""
         if self._leaving():
-            return  # unclaimed, it is sent again to whoever stays
+            self._ring([message])  # to whoever stays
+            return
         claim = self._parts.claim(message, self._owner)
         if claim is None:
             logger.info("Nothing to do for %s", message)
             return
-        watch = Watch(lambda: self._parts.commit_point(claim))
+        watch = Watch(
+            lambda: self._insist(lambda: self._parts.commit_point(claim)),
+            lambda: self._insist(lambda: self._parts.heartbeat(claim, watch.counters)),
+        )
         with self._heartbeat(claim, watch):
             done = self._attempt(claim, watch)
         if done is not None:
@@ -76,9 +88,21 @@ class Runner:
             watch,
             lambda counters: self._parts.heartbeat(claim, counters),
             self._leaving,
+            is_held=lambda: self._parts.is_held(claim),
+            give_up=lambda: self._give_up(claim),
             every_seconds=self._connections.heartbeat_seconds,
             lease_seconds=self._connections.lease_seconds,
         )
+
+    def _give_up(self, claim: Claim) -> None:
+        """Let the part go and end this process: its stage hangs, and whoever asked it to stop waits no longer."""
+        logger.error("%s of %s comes to no end; this process leaves it", claim.name, claim.job_id)
+        try:
+            released = self._parts.release(claim)
+            if released is not None:
+                self._ring([released])
+        finally:
+            os._exit(1)
 
     def _attempt(self, claim: Claim, watch: Watch) -> Done | None:
         """Run the stage; None where there is nothing to record, because the part failed or is another's by now."""
@@ -86,7 +110,7 @@ class Runner:
             return self._stages[claim.stage](self._work(claim, watch))
         except Stopped as stopped:
             logger.info("Left %s of %s: %s", claim.name, claim.job_id, stopped)
-            released = self._parts.release(claim)
+            released = self._insist(lambda: self._parts.release(claim))
             if released is not None:
                 self._ring([released])
         except Failure as failure:
@@ -103,25 +127,42 @@ class Runner:
             watch=watch,
             workspace=self._connections.workspace,
             device=self._device,
-            outputs=lambda stage: self._parts.outputs(claim.job_id, stage),
-            so_far=lambda: self._parts.so_far(claim.job_id),
+            outputs=lambda stage: self._insist(lambda: self._parts.outputs(claim.job_id, stage)),
+            so_far=lambda: self._insist(lambda: self._parts.so_far(claim)),
             calibration_bytes=self._calibration_bytes,
             study=JobStudy(self._database, claim) if _is_search(claim.recipe) else None,
         )
 
     def _fail(self, claim: Claim, failure: Failure, watch: Watch) -> None:
         logger.warning("%s of %s: %s: %s", claim.stage, claim.job_id, failure.code, failure)
-        if not failure.retryable and self._parts.heartbeat(claim, watch.counters):
+        if not failure.retryable and self._insist(lambda: self._parts.heartbeat(claim, watch.counters)):
             # Before it is told: whoever hears of it may retry at once, into the same folder.
             remove_outputs(self._objects, claim, self._connections.workspace)
-        self._parts.fail(claim, failure)
+        self._insist(lambda: self._parts.fail(claim, failure))
 
     def _move_on(self, claim: Claim, done: Done, watch: Watch) -> None:
-        messages = self._parts.complete(claim, done, watch.counters)
+        messages = self._insist(lambda: self._parts.complete(claim, done, watch.counters))
         if messages is None:
             logger.info("Too late with %s of %s: the part is another's by now", claim.name, claim.job_id)
         elif messages:
             self._ring(messages)
+        elif done.status is not None:
+            remove_scratch(self._objects, self._connections.workspace, claim.job_id)
+
+    def _insist(self, ask: Callable[[], T]) -> T:
+        """Ask the database again while it is away: work that is done is not thrown away over a restart of it.
+
+        What was written without an answer is told by the claim: the second time it is no longer held, and counts once.
+        """
+        patience = time.monotonic() + OUTAGE_LEASES * self._connections.lease_seconds
+        while True:
+            try:
+                return ask()
+            except DBAPIError as error:
+                if not is_outage(error) or self._leaving() or time.monotonic() > patience:
+                    raise
+                logger.warning("The database is away (%s); asking again", error.orig)
+            time.sleep(OUTAGE_PAUSE_SECONDS)
 
     def mark_unsent(self, messages: Sequence[PartMessage]) -> None:
         """Leave messages that the broker did not take to the sweeper."""

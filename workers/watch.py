@@ -15,13 +15,17 @@ from service.contract.parts import Counters
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
+CANCEL_SECONDS = 3.0  # how often a worker looks whether its job was cancelled, where it says more rarely that it lives
+GIVE_UP_SECONDS = 15.0  # what a stage has to come to its next step once its worker is asked to stop
 
 
 class Watch:
     """Counts a part's progress; between tensors ``step`` raises Stopped where the part was cancelled or taken over."""
 
-    def __init__(self, commit_point: Callable[[], bool]) -> None:
+    def __init__(self, commit_point: Callable[[], bool], is_held: Callable[[], bool] = lambda: True) -> None:
         self._commit_point = commit_point
+        self._is_held = is_held
+        self._until: float | None = None
         self._lock = threading.Lock()
         self._counters = Counters()
         self._reason: str | None = None
@@ -33,6 +37,8 @@ class Watch:
 
     @property
     def is_stopped(self) -> bool:
+        if self._until is not None and time.monotonic() > self._until:
+            self.stop("the lease ran out while this process stood still, or the database was away")
         return self._reason is not None
 
     def step(self, *, tensors: int = 0, bytes_read: int = 0, bytes_written: int = 0) -> None:
@@ -42,8 +48,21 @@ class Watch:
             self._counters = Counters(
                 was.tensors_done + tensors, was.bytes_read + bytes_read, was.bytes_written + bytes_written
             )
-        if self._reason is not None:
+        self._refuse_stopped()
+
+    def _refuse_stopped(self) -> None:
+        if self.is_stopped:
             raise Stopped(self._reason)
+
+    def extend(self, until: float) -> None:
+        """Let steps pass until then, by the monotonic clock: who stood still longer finds out before it does more."""
+        self._until = until
+
+    def confirm(self) -> None:
+        """Call just before anything is taken away. Raises Stopped where the part is not this worker's any more."""
+        self._refuse_stopped()
+        if not self._is_held():
+            raise Stopped("the job was cancelled, or the part taken over")
 
     def stop(self, reason: str) -> None:
         """Let the next step raise Stopped."""
@@ -57,7 +76,15 @@ class Watch:
 
 
 class Heartbeat:
-    """A thread that extends the lease of a part while a stage runs, and stops the stage where the lease is lost."""
+    """A thread that extends the lease of a part while a stage runs, and stops the stage where the lease is lost.
+
+    Args:
+        watch: what the stage looks at between tensors.
+        beat: extends the lease; whether it was still held.
+        leaving: whether the process is asked to stop.
+        is_held: whether the part is still this worker's; asked between two beats, so that a cancel is soon noticed.
+        give_up: called where the stage comes to no step though the process has been asked to stop for long.
+    """
 
     def __init__(
         self,
@@ -65,18 +92,24 @@ class Heartbeat:
         beat: Callable[[Counters], bool],
         leaving: Callable[[], bool],
         *,
+        is_held: Callable[[], bool] = lambda: True,
+        give_up: Callable[[], None] = lambda: None,
         every_seconds: float,
         lease_seconds: float,
     ) -> None:
         self._watch = watch
         self._beat = beat
         self._leaving = leaving
+        self._is_held = is_held
+        self._give_up = give_up
+        self._asked_to_leave: float | None = None
         self._every_seconds = every_seconds
         self._lease_seconds = lease_seconds
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Self:
+        self._watch.extend(time.monotonic() + self._lease_seconds)
         self._thread.start()
         return self
 
@@ -87,25 +120,43 @@ class Heartbeat:
         self._thread.join()
 
     def _run(self) -> None:
-        extended = time.monotonic()
-        due = extended + self._every_seconds
+        due = time.monotonic() + self._every_seconds
+        look = time.monotonic() + CANCEL_SECONDS
         while not self._ended.wait(min(LOOK_SECONDS, self._every_seconds)):
-            if self._leaving():
-                self._watch.stop("the worker is shutting down")
-            if time.monotonic() < due:
-                continue
-            due = time.monotonic() + self._every_seconds
-            if self._extend():
-                extended = time.monotonic()
-            elif time.monotonic() - extended > self._lease_seconds:
-                self._watch.stop("the lease ran out while the database was away")
+            self._leave()
+            if time.monotonic() >= due:
+                due = time.monotonic() + self._every_seconds
+                look = time.monotonic() + CANCEL_SECONDS
+                self._extend()
+            elif time.monotonic() >= look:
+                look = time.monotonic() + CANCEL_SECONDS
+                self._look()
 
-    def _extend(self) -> bool:
+    def _leave(self) -> None:
+        if not self._leaving():
+            return
+        self._watch.stop("the worker is shutting down")
+        self._asked_to_leave = self._asked_to_leave or time.monotonic()
+        if time.monotonic() > self._asked_to_leave + GIVE_UP_SECONDS:
+            self._give_up()
+
+    def _look(self) -> None:
+        try:
+            held = self._is_held()
+        except Exception:  # the next beat tells what is to be thought of it
+            logger.exception("Could not look whether the part is still held")
+            return
+        if not held:
+            self._watch.stop("the job was cancelled, or the part taken over")
+
+    def _extend(self) -> None:
+        asked = time.monotonic()
         try:
             held = self._beat(self._watch.counters)
         except Exception:  # a beat that fails is tried again until the lease runs out
             logger.exception("A heartbeat failed")
-            return False
-        if not held:
+            return
+        if held:
+            self._watch.extend(asked + self._lease_seconds)
+        else:
             self._watch.stop("the job was cancelled, or the part taken over")
-        return held

@@ -20,8 +20,10 @@ from service.api.metrics import Metrics
 from service.api.watch import Watch
 from service.contract.settings import Connections
 from service.dispatch import Dispatcher
+from service.housekeeping import Housekeeper, Keeping
 from service.settings import Settings
 from service.stores.database import Database
+from service.stores.ended import EndedJobs
 from service.stores.jobs import JobStore
 from service.stores.objects import open_objects
 from service.stores.parts import PartStore
@@ -87,7 +89,9 @@ async def _open(house: House) -> AsyncIterator[None]:
     if house.settings.migrate_at_start:
         await run_in_threadpool(house.database.migrate)
     sweeper = Sweeper(house.parts, house.dispatcher, _rhythm(house.settings))
+    housekeeper = _housekeeper(house)
     sweeper.start()
+    housekeeper.start()
     lookout = asyncio.create_task(house.lookout.watch())
     try:
         yield
@@ -95,6 +99,7 @@ async def _open(house: House) -> AsyncIterator[None]:
         house.closing.set()
         await lookout
         await run_in_threadpool(sweeper.stop)
+        await run_in_threadpool(housekeeper.stop)
         house.dispatcher.close()
         house.database.close()
 
@@ -103,8 +108,20 @@ def _rhythm(settings: Settings) -> Rhythm:
     return Rhythm(
         sweep_seconds=settings.sweep_seconds,
         resend_after_seconds=settings.resend_after_seconds,
-        keep_keys_seconds=settings.idempotency_seconds,
     )
+
+
+def _housekeeper(house: House) -> Housekeeper:
+    settings = house.settings
+    keeping = Keeping(
+        every_seconds=settings.housekeeping_seconds,
+        quiet_seconds=2 * house.connections.lease_seconds,
+        keep_keys_seconds=settings.idempotency_seconds,
+        expire_artifacts=settings.expire_artifacts,
+        cache_bytes=settings.cache_bytes,
+    )
+    workspace = house.connections.workspace
+    return Housekeeper(house.jobs, house.parts, EndedJobs(house.database), house.objects, workspace, keeping)
 
 
 def _operation_id(route: APIRoute) -> str:

@@ -22,13 +22,13 @@ from service.api.deps import Caller, Doors, House
 from service.api.faults import pointer_to, read_recipe
 from service.api.views import JobList, JobView, PlanView, job_json, next_link, page_json, plan_json
 from service.api.waiting import until_ended
-from service.api.wiping import wipe
 from service.contract.asked import AnyRecipe
 from service.contract.errors import Fault, InvalidCursor, InvalidParameter, NotFound, ValidationError
 from service.contract.job import Job, Status
 from service.contract.resources import RESOURCES, Resource
 from service.stores.jobs import IdempotencyKey, KeptAnswer, Listing
 from service.submit import enqueue, submit
+from service.wiping import wipe
 
 router = APIRouter(prefix="/v1", tags=["merges"])
 
@@ -210,7 +210,7 @@ def delete_merge(
     if query.artifacts:
         job = doors.jobs.get(caller, job_id)
         expect_match(request, job)
-        wipe(job, doors)
+        wipe(job, doors.jobs, doors.parts, doors.objects, doors.connections.workspace)
     doors.jobs.delete(caller, job_id, lambda job: expect_match(request, job))
     return Response(status_code=204)
 

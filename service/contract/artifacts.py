@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 RECIPE = "merge/recipe.json"
 PLAN = "merge/plan.json"
 ANALYSIS = "merge/analysis.json"
@@ -13,6 +15,13 @@ MODEL_CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 HEADS = "heads/"
+
+LARGE = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|heads/[^/]+\.(safetensors|json)|merge/removed-\d{5}\.safetensors"
+    r"|merge/(plan|report|recipe|analysis|manifest)\.json|merge/report\.html|merge/trim-log\.jsonl"
+    r"|[^/]+\.(json|txt|model)"
+    r"|((merge|heads)/)?\.catmerge-staging-[0-9a-f]+"  # a file that is being written tells nothing else
+)
 
 MEDIA_TYPES = {
     "json": "application/json",
@@ -60,6 +69,11 @@ def head(task: str) -> str:
 def head_config(task: str) -> str:
     """Name of the configuration of the model that a task's head makes of the merged weights."""
     return f"{HEADS}{task}.json"
+
+
+def may_be_ours(name: str) -> bool:
+    """Whether a file that was left half written in a job's folder has a name under which merges write."""
+    return LARGE.fullmatch(name) is not None
 
 
 def default_prefix(workspace: str, plural: str, job_id: str) -> str:

@@ -52,6 +52,18 @@ class ObjectInfo:
     modified: float
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """An object whose writing began, or went on, ``age_seconds`` ago and never ended; by the store's clock.
+
+    ``address`` is the object's where the store can tell, else of a file that stands for it; ``handle`` is the store's.
+    """
+
+    address: str
+    handle: str
+    age_seconds: float
+
+
 class ObjectWriter(Protocol):
     """An object being written: a context manager, and until ``commit`` nobody sees anything of it.
 
@@ -86,7 +98,10 @@ class NearObject(Protocol):
 
 
 class ObjectStore(Protocol):
-    """Seven verbs over full addresses. Every method may be called by several threads, and may raise any StoreError."""
+    """Seven verbs over full addresses, and two to clear away what was left half written.
+
+    Every method may be called from several threads, and may raise any StoreError.
+    """
 
     def head(self, address: str) -> ObjectInfo:
         """The object as it is now. Raises ObjectMissing."""
@@ -118,6 +133,14 @@ class ObjectStore(Protocol):
 
     def delete(self, address: str) -> None:
         """Remove the object; one that is not there is fine."""
+        ...
+
+    def unfinished(self, prefix: str) -> Iterator[Unfinished]:
+        """What is being written under a prefix at this moment, or was by a process that is gone."""
+        ...
+
+    def abandon(self, found: Unfinished) -> None:
+        """Drop what was written of it; no error where it has ended meanwhile."""
         ...
 
     def link(self, address: str, *, seconds: int, filename: str) -> str | None:

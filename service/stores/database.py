@@ -20,6 +20,13 @@ from sqlalchemy.types import Double
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_TIMEOUT_SECONDS = 30
+POSTGRES_PATIENCE = {  # a server whose machine is gone says nothing more: without these one waits for it for minutes
+    "connect_timeout": 10,
+    "keepalives_idle": 20,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,  # milliseconds
+}
 
 
 class now(FunctionElement[float]):  # noqa: N801 (reads as the SQL function that it is)
@@ -105,7 +112,7 @@ def _engine(url: str) -> Engine:
         return _sqlite(url)
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-    return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=30)
+    return create_engine(parsed, pool_pre_ping=True, pool_size=10, max_overflow=30, connect_args=POSTGRES_PATIENCE)
 
 
 def _sqlite(url: str) -> Engine:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, delete, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, delete, func, select
 
 from service.contract.asked import AnyRecipe
 from service.contract.errors import (
@@ -24,10 +24,9 @@ from service.contract.resources import MERGES, Resource, resource_named
 from service.contract.stages import NewPart, PartMessage, Stage
 from service.stores.database import Database, now
 from service.stores.parts import ask_for, ready_messages, reopen, withdraw
-from service.stores.records import ACTIVE, event_of, lock_job, record, views
+from service.stores.records import ACTIVE, event_of, is_committing, lock_job, overlaps, record, views
 from service.stores.schema import events, idempotency_keys, jobs, labels, parts
 
-LAST_CHARACTER = "\U0010ffff"
 MARKS_AT_ONCE = 1000  # SQLite takes no more than 32,766 parameters
 FIRST_PART = NewPart(Stage.PLAN, 0, "plan", weight=1.0)
 
@@ -141,7 +140,7 @@ class JobStore:
         with self._database.write() as connection:
             row = _own(lock_job(connection, job_id), caller, job_id)
             expect(_one_view(connection, job_id))
-            changes = row.status in ACTIVE and not _is_committing(connection, job_id)
+            changes = row.status in ACTIVE and not is_committing(connection, job_id)
             if changes:
                 withdraw(connection, job_id)
                 ended = {"status": Status.CANCELLED.value, "finished_at": now()}
@@ -236,11 +235,6 @@ def _one_view(connection: Connection, job_id: str) -> Job:
     return views(connection, connection.execute(select(jobs).where(jobs.c.id == job_id)).all())[0]
 
 
-def _is_committing(connection: Connection, job_id: str) -> bool:
-    alive = (parts.c.job_id == job_id, parts.c.committing, parts.c.lease_until > now())
-    return connection.execute(select(parts.c.part).where(*alive)).first() is not None
-
-
 def _kept(connection: Connection, key: IdempotencyKey | None) -> KeptAnswer | None:
     if key is None:
         return None
@@ -284,7 +278,7 @@ def _is_of(resource: Resource) -> ColumnElement[bool]:
 def _refuse_taken(connection: Connection, prefix: str, *, except_job: str) -> None:
     """Two jobs at work in one folder would make one result of both."""
     taken = connection.execute(
-        select(jobs.c.id).where(jobs.c.status.in_(ACTIVE), jobs.c.id != except_job, _overlaps(prefix))
+        select(jobs.c.id).where(jobs.c.status.in_(ACTIVE), jobs.c.id != except_job, overlaps(prefix))
     ).first()
     if taken is not None:
         raise OutputExists(
@@ -294,17 +288,8 @@ def _refuse_taken(connection: Connection, prefix: str, *, except_job: str) -> No
 
 def _overtaken(connection: Connection, job_id: str, prefix: str, queued_at: float) -> str | None:
     """A job that was put in the same folder, above it or below it, after this one."""
-    later = (jobs.c.queued_at > queued_at, jobs.c.id != job_id, _overlaps(prefix))
+    later = (jobs.c.queued_at > queued_at, jobs.c.id != job_id, overlaps(prefix))
     return connection.execute(select(jobs.c.id).where(*later).limit(1)).scalar_one_or_none()
-
-
-def _overlaps(prefix: str) -> ColumnElement[bool]:
-    """Whether a job's folder is this one, above it or below it, found by index.
-
-    Not by LIKE: to SQLite's, letter case makes no difference, and to both the underscore of a folder is a wildcard.
-    """
-    above = [prefix[: end + 1] for end, character in enumerate(prefix) if character == "/"]
-    return or_(jobs.c.prefix.in_(above), and_(jobs.c.prefix >= prefix, jobs.c.prefix < prefix + LAST_CHARACTER))
 
 
 def _new_row(job_id: str, prefix: str, submission: Submission) -> dict[str, Any]:
@@ -336,6 +321,7 @@ def _reopened(row: Row[Any], stage: Stage | None) -> dict[str, Any]:
         "attempt": row.attempt + 1,
         "error": None,
         "finished_at": None,
+        "tidied_at": None,
         "queued_at": now(),
         "deadline_at": None if seconds is None else now() + seconds,
     }

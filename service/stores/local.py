@@ -7,6 +7,7 @@ import os
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -15,7 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from service.stores.base import AccessDenied, ObjectChanged, ObjectInfo, ObjectMissing, StoreDown, parse_address
+from service.stores.base import (
+    AccessDenied,
+    ObjectChanged,
+    ObjectInfo,
+    ObjectMissing,
+    StoreDown,
+    Unfinished,
+    parse_address,
+)
 
 STAGING = ".catmerge-staging-"  # objects being written, beside their place so that renaming is atomic; never listed
 BUFFER_BYTES = 1 << 20
@@ -94,6 +103,22 @@ class LocalStore:
 
     def link(self, address: str, *, seconds: int, filename: str) -> str | None:  # noqa: ARG002 (folders have no links)
         return None
+
+    def unfinished(self, prefix: str) -> Iterator[Unfinished]:
+        place = self._place(prefix)
+        folder, _, _ = place.key.rpartition("/")
+        with _errors(prefix):
+            for path in sorted(_walk_staging(Place(place.mount, place.root, folder).path())):
+                key = path.relative_to(_real(place.root)).as_posix()
+                with suppress(FileNotFoundError):  # it has ended meanwhile
+                    age = time.time() - path.stat().st_mtime
+                    if key.startswith(place.key):
+                        yield Unfinished(place.mount + key, str(path), max(age, 0.0))
+
+    def abandon(self, found: Unfinished) -> None:
+        path = Path(found.handle)
+        with _errors(found.address):
+            path.unlink(missing_ok=True)
 
     def _object(self, address: str) -> Place:
         place = self._place(address)
@@ -294,6 +319,15 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda e: os.fsencode(e.name + "/" * e.is_dir(follow_symlinks=False)))
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _walk_staging(folder: Path) -> Iterator[Path]:
+    """Files that are being written, at any depth."""
+    for entry in _entries(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk_staging(Path(entry.path))
+        elif entry.name.startswith(STAGING):
+            yield Path(entry.path)
 
 
 def _may_match(name: str, prefix: str) -> bool:

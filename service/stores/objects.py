@@ -22,6 +22,7 @@ from service.stores.base import (
     ObjectWriter,
     StoreDown,
     StoreError,
+    Unfinished,
     parse_address,
 )
 from service.stores.local import LocalStore
@@ -41,6 +42,7 @@ __all__ = [
     "Objects",
     "StoreDown",
     "StoreError",
+    "Unfinished",
     "failures",
     "open_objects",
     "parse_address",
@@ -94,6 +96,12 @@ class Objects:
 
     def link(self, address: str, *, seconds: int, filename: str) -> str | None:
         return self._store(address).link(address, seconds=seconds, filename=filename)
+
+    def unfinished(self, prefix: str) -> Iterator[Unfinished]:
+        return self._store(prefix).unfinished(prefix)
+
+    def abandon(self, found: Unfinished) -> None:
+        self._store(found.address).abandon(found)
 
     def exists(self, address: str) -> bool:
         """Whether there is such an object."""

@@ -5,23 +5,25 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, or_, select, update
 from sqlalchemy import case as sql_case
 
 from service.contract.asked import stored_recipe
-from service.contract.errors import DeadlineExceeded, Failure, WorkerLost
+from service.contract.errors import DeadlineExceeded, Failure, Stopped, WorkerLost
 from service.contract.job import FailureRecord, Status
 from service.contract.parts import Claim, Counters, Done, SoFar
 from service.contract.stages import ORDER, STAGES, NewPart, PartMessage, Queue, Stage
 from service.stores.database import Database, now
-from service.stores.records import ACTIVE, lock_job, record, touch
+from service.stores.records import ACTIVE, is_committing, lock_job, record, touch
 from service.stores.schema import idempotency_keys, jobs, leaders, parts
 
 BACKOFF_SECONDS = 2.0
 BACKOFF_LIMIT_SECONDS = 60.0
 OPEN = {"ready": "queued", "claimed": "running"}  # states of parts that there is work for, and their names in metrics
+SO_FAR = "so_far"  # in the output of a part that is not done yet
 RESEND_WINDOW = 64  # parts of each queue that are sent again where their messages may be lost
 
 
@@ -82,6 +84,11 @@ class PartStore:
                 touch(connection, claim.job_id)
             return bool(held)
 
+    def is_held(self, claim: Claim) -> bool:
+        """Whether a part is still this worker's; nothing is written."""
+        with self._database.read() as connection:
+            return connection.execute(select(parts.c.part).where(*held_by(claim))).first() is not None
+
     def commit_point(self, claim: Claim) -> bool:
         """Announce that the result is about to become visible: from here the job can't be cancelled."""
         with self._database.write() as connection:
@@ -139,16 +146,24 @@ class PartStore:
             ).scalars()
             return [dict(output or {}) for output in found]
 
-    def so_far(self, job_id: str) -> SoFar:
-        """What a job has cost until now."""
-        with self._database.read() as connection:
-            job = connection.execute(
-                select(jobs.c.created_at, jobs.c.started_at, now()).where(jobs.c.id == job_id)
-            ).one()
-            moved = connection.execute(
-                select(func.sum(parts.c.bytes_read), func.sum(parts.c.bytes_written)).where(parts.c.job_id == job_id)
-            ).one()
-            return SoFar(job[0], job[1] or job[2], job[2], int(moved[0] or 0), int(moved[1] or 0))
+    def so_far(self, claim: Claim) -> SoFar:
+        """What a job has cost until this was first asked for a part.
+
+        Whoever does the part again gets the same figures, and writes the same bytes: two workers that finish one job,
+        because one of them was thought dead, must not leave a report of the one and the manifest of the other.
+        Raises Stopped where the claim was lost.
+        """
+        with self._database.write() as connection:
+            job = lock_job(connection, claim.job_id)
+            row = connection.execute(select(parts.c.output).where(*held_by(claim))).one_or_none()
+            if job is None or row is None:
+                raise Stopped("the job was cancelled, or the part taken over")
+            kept = (row.output or {}).get(SO_FAR)
+            if kept is not None:
+                return SoFar(**kept)
+            found = _so_far(connection, job)
+            connection.execute(update(parts).where(*held_by(claim)).values(output={SO_FAR: asdict(found)}))
+            return found
 
     def counts(self) -> dict[tuple[Queue, str], int]:
         """How many parts of each queue may be claimed (``queued``), and how many are claimed (``running``)."""
@@ -241,7 +256,7 @@ class PartStore:
     def _end_overdue(self, job_id: str) -> bool:
         with self._database.write() as connection:
             job = lock_job(connection, job_id)
-            if job is None or job.status not in ACTIVE:
+            if job is None or job.status not in ACTIVE or is_committing(connection, job_id):
                 return False
             seconds = job.recipe["deadline_seconds"]
             fail_job(connection, job_id, DeadlineExceeded(f"The job did not finish within {seconds} s."))
@@ -252,12 +267,6 @@ class PartStore:
         with self._database.write() as connection:
             old = idempotency_keys.c.created_at < now() - older_than_seconds
             return connection.execute(delete(idempotency_keys).where(old)).rowcount
-
-    def forget_expired_jobs(self) -> int:
-        """Forget finished jobs past their ``expires_at``; their artifacts stay."""
-        with self._database.write() as connection:
-            expired = (jobs.c.expires_at < now(), jobs.c.status.not_in(ACTIVE))
-            return connection.execute(delete(jobs).where(*expired)).rowcount
 
     def _retry_or_fail(self, connection: Connection, row: Row[Any], failure: Failure) -> bool:
         if not failure.retryable or row.tries >= self._part_attempts:
@@ -407,6 +416,13 @@ def held_by(claim: Claim) -> tuple[Any, ...]:
     """A part that is done keeps its token, and is nobody's: what comes twice counts once."""
     message = PartMessage(claim.stage, claim.job_id, claim.part)
     return (*_is(message), parts.c.claim == claim.token, parts.c.state == "claimed")
+
+
+def _so_far(connection: Connection, job: Row[Any]) -> SoFar:
+    moved = connection.execute(
+        select(func.sum(parts.c.bytes_read), func.sum(parts.c.bytes_written), now()).where(parts.c.job_id == job.id)
+    ).one()
+    return SoFar(job.created_at, job.started_at or moved[2], moved[2], int(moved[0] or 0), int(moved[1] or 0))
 
 
 def _named(claim: Claim) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, and_, func, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, func, or_, select, update
 from sqlalchemy import case as sql_case
 
 from service.contract.asked import stored_recipe
@@ -15,11 +15,18 @@ from service.stores.database import now
 from service.stores.schema import events, jobs, parts
 
 ACTIVE = (Status.QUEUED.value, Status.RUNNING.value)
+LAST_CHARACTER = "\U0010ffff"
 
 
 def lock_job(connection: Connection, job_id: str) -> Row[Any] | None:
     """The job's row, locked until the transaction ends: all writes of one job happen one after another."""
     return connection.execute(select(jobs).where(jobs.c.id == job_id).with_for_update()).one_or_none()
+
+
+def is_committing(connection: Connection, job_id: str) -> bool:
+    """Whether the job's last part is just then making its result visible."""
+    alive = (parts.c.job_id == job_id, parts.c.committing, parts.c.lease_until > now())
+    return connection.execute(select(parts.c.part).where(*alive)).first() is not None
 
 
 def record(connection: Connection, job_id: str, kind: str, data: Mapping[str, Any], **changes: Any) -> None:
@@ -36,6 +43,15 @@ def record(connection: Connection, job_id: str, kind: str, data: Mapping[str, An
 def touch(connection: Connection, job_id: str) -> None:
     """Say that the job's progress changed, so that its ETag does."""
     connection.execute(update(jobs).where(jobs.c.id == job_id).values(version=jobs.c.version + 1))
+
+
+def overlaps(prefix: str) -> ColumnElement[bool]:
+    """Whether a job's folder is this one, above it or below it, found by index.
+
+    Not by LIKE: to SQLite's, letter case makes no difference, and to both the underscore of a folder is a wildcard.
+    """
+    above = [prefix[: end + 1] for end, character in enumerate(prefix) if character == "/"]
+    return or_(jobs.c.prefix.in_(above), and_(jobs.c.prefix >= prefix, jobs.c.prefix < prefix + LAST_CHARACTER))
 
 
 def job_of(row: Row[Any], progress: Progress, queue_position: int | None) -> Job:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
@@ -34,6 +36,7 @@ from service.stores.base import (
     ObjectMissing,
     StoreDown,
     StoreError,
+    Unfinished,
     parse_address,
 )
 
@@ -51,11 +54,17 @@ CHUNK_BYTES = 1 << 20  # read from the socket at once; stays in the cache betwee
 PAUSES_SECONDS = (0.2, 0.8, 3.2)  # boto3 retries until an answer begins; one that breaks off is ours to ask for again
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 MISSING = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound", "InvalidBucketName"})
+MD5 = re.compile(r"[0-9a-f]{32}")
+NO_UPLOADS = frozenset({"NoSuchUpload", "NotImplemented", "MethodNotAllowed"})
 CHANGED = frozenset({"412", "PreconditionFailed", "416", "InvalidRange"})
 
 
 class BrokenOff(StoreDown):
     """An answer ended before its announced length."""
+
+
+class UploadGone(StoreDown):
+    """The store knows no such upload: it has been completed or aborted."""
 
 
 class S3Store:
@@ -143,6 +152,21 @@ class S3Store:
     def near(self, address: str, etag: str) -> NearObject | None:  # noqa: ARG002 (each read is a request here)
         return None
 
+    def unfinished(self, prefix: str) -> Iterator[Unfinished]:
+        parsed = parse_address(prefix)
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=parsed.bucket, Prefix=parsed.key)
+        with _errors(prefix), _nothing_unfinished():
+            for page in pages:
+                clock = parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+                for row in page.get("Uploads", ()):
+                    age = (clock - row["Initiated"]).total_seconds()
+                    yield Unfinished(f"s3://{parsed.bucket}/{row['Key']}", row["UploadId"], max(age, 0.0))
+
+    def abandon(self, found: Unfinished) -> None:
+        bucket, key = _bucket_and_key(found.address)
+        with suppress(UploadGone), _errors(found.address):
+            self._client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=found.handle)
+
     def link(self, address: str, *, seconds: int, filename: str) -> str | None:
         bucket, key = _bucket_and_key(address)
         with _errors(address):
@@ -156,8 +180,7 @@ class S3Store:
 class S3Writer:
     """An object being written: small ones in one request, larger ones in parts, which nobody sees before the commit.
 
-    A process that is killed leaves its parts behind; a lifecycle rule of the bucket (AbortIncompleteMultipartUpload)
-    removes them.
+    A process that is killed leaves its parts behind; the service drops them when their job has ended.
     """
 
     def __init__(self, store: S3Store, client: S3Client, address: str, media_type: str) -> None:
@@ -224,7 +247,7 @@ class S3Writer:
             with _errors(self._address):
                 self._client.abort_multipart_upload(Bucket=self._bucket, Key=self._key, UploadId=self._upload)
         except StoreError as error:  # the reason for the abort matters more to whoever is watching
-            log.warning("parts of %s stay behind until the bucket's lifecycle rule: %s", self._address, error)
+            log.warning("parts of %s stay behind until their job has ended: %s", self._address, error)
 
     def _put(self) -> None:
         body: Any = self._part  # the stubs do not know that boto3 takes a bytearray
@@ -262,13 +285,27 @@ class S3Writer:
     def _complete(self, upload: str) -> None:
         if self._filled:
             self._send_part()
-        parts = [{"PartNumber": number, "ETag": etag.result()} for number, etag in enumerate(self._etags, 1)]
-        self._client.complete_multipart_upload(
-            Bucket=self._bucket,
-            Key=self._key,
-            UploadId=upload,
-            MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
-        )
+        etags = [etag.result() for etag in self._etags]
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+        try:
+            with _errors(self._address):
+                self._client.complete_multipart_upload(
+                    Bucket=self._bucket,
+                    Key=self._key,
+                    UploadId=upload,
+                    MultipartUpload={"Parts": parts},  # type: ignore[typeddict-item]
+                )
+        except UploadGone as error:  # asked again, where the first answer was lost, a server may say so
+            if not self._is_complete(etags):
+                raise
+            log.warning("%s; but the object is whole", error)
+
+    def _is_complete(self, etags: Sequence[str]) -> bool:
+        """Whether the object is what these parts make, by the ETag that S3 gives to an object of parts."""
+        try:
+            return self._store.head(self._address).etag == etag_of_parts(etags)
+        except ObjectMissing:
+            return False
 
     def _checked(self) -> ObjectInfo:
         """What the store holds now: its ETag for later reads, and a size that must be what was written."""
@@ -281,6 +318,14 @@ class S3Writer:
 def part_bytes(parts_before: int) -> int:
     """Size of the next part of an upload, in bytes: 16 MiB for the first thousand, then twice that, and so on."""
     return FIRST_PART_BYTES << min(parts_before // PARTS_PER_SIZE, LARGEST_DOUBLING)
+
+
+def etag_of_parts(etags: Sequence[str]) -> str:
+    """The ETag of an object made of parts with these ETags, where they are MD5 digests; else one that nothing has."""
+    bare = [_bare(etag) for etag in etags]
+    if not all(MD5.fullmatch(etag) for etag in bare):
+        return ""
+    return f"{hashlib.md5(bytes.fromhex(''.join(bare)), usedforsecurity=False).hexdigest()}-{len(bare)}"
 
 
 def attachment(filename: str) -> str:
@@ -365,6 +410,16 @@ def _fill(body: StreamingBody, into: memoryview) -> None:
 
 
 @contextmanager
+def _nothing_unfinished() -> Iterator[None]:
+    """Servers that know of no upload, or of no such list, and say so by an error."""
+    try:
+        yield
+    except ClientError as error:
+        if error.response["Error"].get("Code") not in NO_UPLOADS:
+            raise
+
+
+@contextmanager
 def _errors(address: str) -> Iterator[None]:
     """boto3's errors as ours."""
     try:
@@ -383,6 +438,8 @@ def _translated(error: ClientError, address: str) -> StoreError:
     code = error.response["Error"].get("Code", "")
     status = error.response["ResponseMetadata"].get("HTTPStatusCode", 0)
     said = error.response["Error"].get("Message") or code
+    if code == "NoSuchUpload":
+        return UploadGone(f"{address}: the store knows nothing of its upload any more ({said})")
     if code in MISSING:
         return ObjectMissing(f"{address} does not exist ({code})")
     if code in CHANGED:

@@ -53,9 +53,12 @@ jobs = Table(
     Column("finished_at", Double),
     Column("deadline_at", Double),
     Column("expires_at", Double),
+    Column("tidied_at", Double),  # when what its workers may have left half written was cleared away
     Index(None, "caller", "id"),
     Index(None, "status", "id"),
     Index(None, "prefix"),
+    Index(None, "tidied_at", "finished_at"),
+    Index(None, "expires_at"),
 )
 
 # On PostgreSQL the jobs with a label are found by index; SQLite looks at each.

@@ -44,9 +44,9 @@ class Program:
         return self._process is not None and self._process.poll() is None
 
     @property
-    def pid(self) -> int | None:
-        """Its process id while it runs, which is that of its group too."""
-        return self._process.pid if self._process else None
+    def group(self) -> int:
+        """The id of its process and of the group of all that it starts; 0 where it does not run."""
+        return 0 if self._process is None else self._process.pid
 
     def start(self) -> None:
         """Start, with the promise that it does not outlive this process."""
@@ -62,9 +62,9 @@ class Program:
                 start_new_session=True,
             )
 
-    def twin(self) -> Program:
-        """Another process of the same kind, to be started."""
-        return Program(self._command, self._environment, self._log.with_suffix(".twin.log"))
+    def twin(self, name: str = "twin", **changes: str) -> Program:
+        """Another process of the same kind, to be started, with changed variables."""
+        return Program(self._command, {**self._environment, **changes}, self._log.with_suffix(f".{name}.log"))
 
     def stop(self) -> int | None:
         """Ask it to stop, and kill what is left of its group; its exit status is 0 where it went in order."""
@@ -214,9 +214,14 @@ def until(
 
 @contextmanager
 def open_stack(
-    folder: Path, connections: Connections, extra: Mapping[str, str] | None = None, *, worker: bool = True
+    folder: Path,
+    connections: Connections,
+    extra: Mapping[str, str] | None = None,
+    *,
+    worker: bool = True,
+    worker_extra: Mapping[str, str] | None = None,
 ) -> Iterator[Stack]:
-    """A stack over servers that run already; ``extra`` are further variables of its environment."""
+    """A stack over servers that run already; ``extra`` and ``worker_extra`` are more variables of its environment."""
     port = free_port()
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("CATMERGE_")},
@@ -234,7 +239,9 @@ def open_stack(
             connections=connections,
             url=url,
             api=Program([sys.executable, "-m", "service.api"], environment, folder / "api.log"),
-            worker=Program([sys.executable, "-m", "workers"], environment, folder / "worker.log"),
+            worker=Program(
+                [sys.executable, "-m", "workers"], {**environment, **(worker_extra or {})}, folder / "worker.log"
+            ),
             objects=open_objects(connections),
             client=client,
         )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from service.contract import artifacts
-from service.contract.errors import BadTensor, StorageFailure
+from service.contract.errors import BadTensor, Stopped, StorageFailure
 from service.contract.job import Job, Status
 from service.contract.parts import Counters, Done
 from service.contract.settings import Connections
@@ -199,6 +199,7 @@ def test_a_worker_that_is_leaving_takes_nothing(workshop: Workshop) -> None:
     workshop.leaving = True
     workshop.run(job_id)
     assert workshop.job(job_id).status is Status.QUEUED
+    assert workshop.rung == [PartMessage(Stage.PLAN, job_id, 0)], "another is rung for"
 
 
 def test_a_worker_that_is_asked_to_leave_gives_its_part_back(workshop: Workshop) -> None:
@@ -335,6 +336,33 @@ def test_what_a_failed_job_wrote_is_taken_away(workshop: Workshop) -> None:
     assert list(objects.list(artifacts.scratch(workshop.connections.workspace, job_id))) == []
 
 
+def test_scratch_goes_once_the_database_knows_of_the_end(workshop: Workshop) -> None:
+    objects = open_objects(workshop.connections)
+    scratch = f"{workshop.connections.workspace}scratch/"
+    seen: list[int] = []
+
+    def ends(work: Work) -> Done:
+        address = artifacts.trim_log_part(workshop.connections.workspace, work.claim.job_id, 0)
+        work.objects.put(address, b"", "application/x-ndjson")
+        seen.append(len(list(objects.list(scratch))))
+        return Done(status=Status.SUCCEEDED, result={})
+
+    def killed(work: Work) -> Done:
+        ends(work)
+        workshop.expire()
+        assert workshop.parts.take_back_expired() == 1
+        return Done(status=Status.SUCCEEDED, result={})
+
+    job_id = workshop.submit()
+    workshop.stages[Stage.PLAN] = killed
+    workshop.run(job_id)
+    assert len(list(objects.list(scratch))) == 1, "whoever takes over needs it"
+    workshop.let_retry()
+    workshop.stages[Stage.PLAN] = ends
+    workshop.run(job_id)
+    assert (seen, list(objects.list(scratch))) == ([1, 1], [])
+
+
 # The heartbeat
 
 
@@ -371,6 +399,16 @@ def test_a_lost_lease_stops_the_stage() -> None:
     watch = Watch(lambda: True)
     with beating(lambda _: False, watch):
         assert stops(watch)
+
+
+def test_who_stood_still_longer_than_its_lease_does_nothing_more() -> None:
+    """As after SIGSTOP: the first step is refused, whether or not the heartbeat has been heard from yet."""
+    watch = Watch(lambda: True)
+    watch.extend(time.monotonic() + 60)
+    watch.step()
+    watch.extend(time.monotonic() - 0.001)
+    with pytest.raises(Stopped, match="stood still"):
+        watch.step()
 
 
 def test_a_database_that_is_away_stops_the_stage_only_when_the_lease_is_over(

@@ -123,6 +123,12 @@ def test_scores_are_read_as_they_were_written() -> None:
         np.testing.assert_array_equal(read.figures[metric], values)
 
 
+def test_scores_are_read_in_one_order_by_every_process() -> None:
+    """The library gives them in another each time; a report that is written again has to be the same."""
+    scores = ModelScores(7, {metric: np.array([0.5]) for metric in reversed(Metric)})
+    assert list(from_bytes(to_bytes(scores)).figures) == list(Metric)
+
+
 # Gates
 
 FIGURES: dict[str, Any] = {

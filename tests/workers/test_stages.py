@@ -113,7 +113,25 @@ def test_the_whole_way(objects: Objects, tmp_path: Path, models: Path) -> None:
     head = load_file(tmp_path / "merged/run/heads/pets.safetensors")
     assert head["classifier.weight"].equal(pets["classifier.weight"])
     assert listed(objects) == {file["name"] for file in (done.result or {})["artifacts"]}
-    assert not listed(objects, "s3://catmerge/scratch/")
+
+
+def test_a_job_can_be_finished_again_and_leaves_the_same_bytes(objects: Objects) -> None:
+    """As when the worker that finished it died before the database heard of it."""
+    walk = Walk(objects, recipe_of(method={"name": "average"}))
+    first = walk.until(Stage.FINALIZE)
+    before = {info.address: objects.read_all(info.address, 1 << 20) for info in objects.list(PREFIX)}
+    assert walk.step(Stage.FINALIZE) == first
+    assert {info.address: objects.read_all(info.address, 1 << 20) for info in objects.list(PREFIX)} == before
+
+
+def test_a_planner_that_is_late_takes_nothing_away(objects: Objects) -> None:
+    """Another worker took over, and the job is done: its result lies where this one was about to make room."""
+    walk = Walk(objects, recipe_of(method={"name": "average"}))
+    walk.until(Stage.FINALIZE)
+    before = listed(objects)
+    with pytest.raises(Stopped):
+        stages.RUN[Stage.PLAN](walk.work(Stage.PLAN, watch=Watch(lambda: True, lambda: False)))
+    assert listed(objects) == before
 
 
 def test_whole_numbers_that_differ_are_refused_by_name(objects: Objects, models: Path) -> None:
@@ -209,6 +227,14 @@ def test_a_failed_job_takes_away_its_own_files_and_no_others(objects: Objects, l
     remove_outputs(objects, walk.claim(Stage.MERGE), WORKSPACE)
     assert listed(objects) == {"notes.txt"}
     assert listed(objects, "s3://catmerge/scratch/") == set()
+
+
+def test_a_job_that_fails_when_it_is_finished_again_leaves_no_manifest(objects: Objects) -> None:
+    """The first worker died right after the manifest, the second found an input gone."""
+    walk = Walk(objects, recipe_of(method={"name": "average"}))
+    walk.until(Stage.FINALIZE)
+    remove_outputs(objects, walk.claim(Stage.FINALIZE), WORKSPACE)
+    assert listed(objects) == set()
 
 
 def test_a_job_that_fails_at_planning_leaves_an_earlier_result_whole(objects: Objects) -> None:

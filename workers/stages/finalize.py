@@ -17,7 +17,6 @@ from service.contract.stages import Stage
 from service.stores.objects import failures
 from workers.analysis import Analysis, merged_places
 from workers.chosen import as_chosen
-from workers.cleanup import remove_scratch
 from workers.conflict import Conflict, total
 from workers.figures_file import read_scores
 from workers.gates import judge
@@ -86,8 +85,7 @@ def run(work: Work) -> Done:
     manifest = manifest_of(work, asked, inputs, files, {"method": work.recipe.method.model_dump(mode="json")})
     work.watch.announce_commit()
     whole = [*files, write_artifact(work.objects, plan.prefix, artifacts.MANIFEST, manifest)]
-    with failures():
-        remove_scratch(work.objects, work.workspace, work.claim.job_id)
+    # What lies in scratch stays until the database knows of the end: whoever has to finish this job again needs it.
     return Done(status=status, result=_result(report, plan, whole), warnings=tuple(doubtful))
 
 

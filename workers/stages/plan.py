@@ -112,8 +112,10 @@ def clear(work: Work) -> None:
                 f"{prefix} was free when the job was submitted, and holds the result of {manifest.get('job')} by now; "
                 "submit with another prefix, or with output.overwrite"
             )
+        work.watch.confirm()  # a worker that is late would take away the result of the one that took over
         objects.delete(prefix + artifacts.MANIFEST)
         for file in manifest["files"]:
+            work.watch.step()
             objects.delete(prefix + file["name"])
 
 

@@ -34,6 +34,8 @@ from service.stores.objects import (
     parse_address,
     refusals,
 )
+from tests import faulty
+from tests.faulty import StoreProxy, store_proxy
 from tests.servers import S3Server, free_port, s3_server
 
 KINDS = ("bucket-folder", "file-root", "moto", "rclone")
@@ -277,6 +279,25 @@ def test_an_abandoned_large_write_leaves_nothing(shop: Shop, monkeypatch: pytest
     assert list(shop.objects.list(shop.root)) == []
     if shop.server is not None and shop.kind == "moto":
         assert "Uploads" not in _client(shop.server).list_multipart_uploads(Bucket="catmerge")
+
+
+def test_what_a_killed_writer_left_is_found_and_dropped(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "FIRST_PART_BYTES", 5 << 20)
+    with shop.objects.write(shop.root + "folder/large") as writer, shop.objects.write(shop.root + "other") as second:
+        for each in (writer, second):
+            each.write(bytes(6 << 20))
+        assert len(list(shop.objects.unfinished(shop.root))) == 2
+        (found,) = shop.objects.unfinished(shop.root + "folder/")
+        assert found.age_seconds >= 0
+        for _ in range(2):
+            shop.objects.abandon(found)
+        assert list(shop.objects.unfinished(shop.root + "folder/")) == []
+        assert list(shop.objects.unfinished(shop.root + "nothing/")) == []
+        with pytest.raises(StoreDown):  # it finds out, and does not pretend
+            writer.commit()
+        second.commit()
+    assert list(shop.objects.unfinished(shop.root)) == []
+    assert [info.address for info in shop.objects.list(shop.root)] == [shop.root + "other"]
 
 
 def test_several_threads_read_at_once(shop: Shop) -> None:
@@ -537,6 +558,73 @@ def test_links_carry_the_public_host_and_end(opened: Callable[[str, Path], Shop]
         assert answer.read() == FIRST
     with pytest.raises(HTTPError, match="403"):
         urlopen(link.replace("localhost", "127.0.0.1"))
+
+
+@pytest.fixture
+def proxied(opened: Callable[[str, Path], Shop], tmp_path: Path) -> Iterator[tuple[StoreProxy, Objects]]:
+    """A store behind a proxy that does harm."""
+    server = opened("moto", tmp_path).server
+    assert server is not None
+    with store_proxy(server.url) as proxy:
+        yield proxy, _open({**server.environment(), "CATMERGE_S3_ENDPOINT": proxy.url})
+
+
+@pytest.mark.parametrize("harm", [faulty.doubled, faulty.unanswered, faulty.failing(500)], ids=["twice", "mute", "500"])
+def test_a_large_upload_is_whole_however_its_completion_is_answered(
+    proxied: tuple[StoreProxy, Objects], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: faulty.Harm
+) -> None:
+    monkeypatch.setattr(s3, "FIRST_PART_BYTES", 5 << 20)
+    proxy, objects = proxied
+    rule = proxy.harm("POST .*uploadId=", harm)
+    data = os.urandom(11 << 20)
+    address = f"s3://catmerge/{tmp_path.name}/large"
+    objects.put(address, data, "application/octet-stream")
+    assert rule.hits == 1
+    assert objects.read_all(address, 12 << 20) == data
+
+
+def test_an_upload_that_is_gone_and_is_not_the_object_is_no_success(
+    proxied: tuple[StoreProxy, Objects], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when another writer's object of the same size lies there: its parts have other digests."""
+    monkeypatch.setattr(s3, "FIRST_PART_BYTES", 5 << 20)
+    _, objects = proxied
+    address = f"s3://catmerge/{tmp_path.name}/large"
+    with objects.write(address) as writer:
+        writer.write(bytes(11 << 20))
+        objects.put(address, os.urandom(11 << 20), "application/octet-stream")
+        (found,) = objects.unfinished(address)
+        objects.abandon(found)
+        with pytest.raises(StoreDown):
+            writer.commit()
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (faulty.cut_after(7), None),
+        (faulty.truncated, "bytes where"),
+        (faulty.whole_for_a_range, None),
+        (faulty.failing(503), None),
+        (faulty.refused, None),
+        (faulty.another_etag, "has changed"),
+        (faulty.without_conditions, None),
+    ],
+    ids=["cut", "truncated", "200-for-range", "503", "refused", "another-etag", "no-conditions"],
+)
+def test_a_read_through_a_harmful_proxy_is_right_or_an_error(
+    proxied: tuple[StoreProxy, Objects], tmp_path: Path, harm: faulty.Harm, says: str | None
+) -> None:
+    proxy, objects = proxied
+    address = f"s3://catmerge/{tmp_path.name}/a"
+    etag = objects.put(address, FIRST, "text/plain").etag
+    rule = proxy.harm("GET", harm)
+    if says is None:
+        assert _read(objects, address, 4, 15, etag) == FIRST[4:19]
+    else:
+        with pytest.raises((StoreDown, ObjectChanged), match=says):
+            _read(objects, address, 4, 15, etag)
+    assert rule.hits == 1
 
 
 def test_marks_of_empty_folders_are_not_listed(opened: Callable[[str, Path], Shop], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from service.contract.job import Status
 from service.contract.parts import Counters, Done
 from service.contract.stages import NewPart, PartMessage, Stage
 from service.stores.database import Database
+from service.stores.ended import EndedJobs
 from service.stores.jobs import JobStore
 from service.stores.parts import RESEND_WINDOW, PartStore
 from service.stores.schema import jobs as job_table
@@ -259,17 +260,18 @@ def test_one_owner_at_a_time_has_a_duty(parts: PartStore) -> None:
 
 def test_the_times_of_a_job_are_the_databases(jobs: JobStore, parts: PartStore, database: Database) -> None:
     job = submit(jobs)
-    claim(parts, job.id)
-    cost = parts.so_far(job.id)
+    cost = parts.so_far(claim(parts, job.id))
     seen = jobs.get(ME, job.id)
     assert (cost.created_at, cost.started_at) == (seen.created_at, seen.started_at)
     assert cost.started_at <= cost.now <= database.clock()
 
 
-def test_expired_jobs_are_forgotten_once_they_have_ended(jobs: JobStore, parts: PartStore, database: Database) -> None:
+def test_expired_jobs_are_forgotten_once_they_have_ended(jobs: JobStore, database: Database) -> None:
     running, ended = submit(jobs), submit(jobs)
     jobs.cancel(ME, ended.id)
     with database.write() as connection:
         connection.execute(update(job_table).values(expires_at=0.0))
-    assert parts.forget_expired_jobs() == 1
+    expired = EndedJobs(database).expired(10)
+    assert [job.id for job in expired] == [ended.id]
+    assert EndedJobs(database).forget([running.id, ended.id]) == 1
     assert jobs.get(ME, running.id).status is Status.QUEUED
