@@ -44,6 +44,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # celery ships no types
             lambda: is_leaving(settings.stop_file),
             device,
             settings.calibration_bytes,
+            settings.queues,
         )
 
     def ring(self, messages: Sequence[PartMessage]) -> None:

@@ -1,4 +1,4 @@
-"""Does one part of one job: claim it, keep its lease, run its stage, and move the job on."""
+"""Does one part after another: claim it, keep its lease, run its stage, and move its job on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from service.contract.errors import Failure, Stopped, WorkerError
 from service.contract.parts import Claim, Done
 from service.contract.settings import Connections
-from service.contract.stages import PartMessage, Stage
+from service.contract.stages import STAGES, PartMessage, Queue, Stage
 from service.stores.database import Database
 from service.stores.objects import open_objects
 from service.stores.parts import PartStore
@@ -36,6 +36,7 @@ class Runner:
         leaving: Callable[[], bool],
         device: str,
         calibration_bytes: int | None = None,
+        queues: Sequence[Queue] = tuple(Queue),
     ) -> None:
         self._connections = connections
         self._stages = stages
@@ -43,6 +44,8 @@ class Runner:
         self._leaving = leaving
         self._device = device
         self._calibration_bytes = calibration_bytes
+        self._queues = queues
+        self._last: Queue | None = None
         self._objects = open_objects(connections)
         self._database = Database(connections.database_url)
         self._parts = PartStore(
@@ -56,18 +59,27 @@ class Runner:
         return f"Runner({self._owner}, device={self._device})"
 
     def run(self, message: PartMessage) -> None:
-        """Do the part that a message points at, unless it is done, claimed or withdrawn."""
-        if self._leaving():
-            return  # unclaimed, it is sent again to whoever stays
-        claim = self._parts.claim(message, self._owner)
+        """Do part after part while there are any: a message says no more than that there is work."""
+        while not self._leaving():
+            if not self.run_next():
+                return
+        self._ring([message])  # to whoever stays
+
+    def run_next(self) -> bool:
+        """Do the part whose turn it is; False where there is none.
+
+        The queues take turns where both have parts, so that neither waits for the other to be empty.
+        """
+        claim = self._parts.claim_next(sorted(self._queues, key=lambda queue: queue is self._last), self._owner)
         if claim is None:
-            logger.info("Nothing to do for %s", message)
-            return
+            return False
+        self._last = STAGES[claim.stage].queue
         watch = Watch(lambda: self._parts.commit_point(claim))
         with self._heartbeat(claim, watch):
             done = self._attempt(claim, watch)
         if done is not None:
             self._move_on(claim, done, watch)
+        return True
 
     def _heartbeat(self, claim: Claim, watch: Watch) -> Heartbeat:
         return Heartbeat(

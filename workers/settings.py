@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from service.contract.settings import SettingsError
+from service.contract.stages import Queue
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class WorkerSettings:
     """``threads`` is what each process may use; ``device`` is torch's name, or ``auto``.
 
     ``calibration_bytes`` is what the weights of a model that is being calibrated may take in the device's memory; None
-    is whatever the model needs. A model that needs more is read block by block.
+    is whatever the model needs. A model that needs more is read block by block. ``queues`` are those whose parts the
+    worker takes.
     """
 
     processes: int
@@ -23,17 +25,23 @@ class WorkerSettings:
     device: str
     stop_file: str | None
     calibration_bytes: int | None = None
+    queues: tuple[Queue, ...] = tuple(Queue)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
-        """Reads CATMERGE_WORKER_PROCESSES, _WORKER_THREADS, _DEVICE, _CALIBRATION_BYTES. Raises SettingsError."""
+        """Reads CATMERGE_WORKER_PROCESSES, _WORKER_THREADS, _WORKER_QUEUES, _DEVICE, _CALIBRATION_BYTES.
+
+        Raises:
+            SettingsError: a variable can't be used.
+        """
         processes = _positive(environ, "CATMERGE_WORKER_PROCESSES", 1)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = _positive(environ, "CATMERGE_WORKER_THREADS", max(1, cores // processes))
         device = environ.get("CATMERGE_DEVICE") or "auto"
         given = environ.get("CATMERGE_CALIBRATION_BYTES")
         calibration_bytes = _positive(environ, "CATMERGE_CALIBRATION_BYTES", 1) if given else None
-        return cls(processes, threads, device, environ.get("CATMERGE_STOP_FILE"), calibration_bytes)
+        queues = _queues(environ, "CATMERGE_WORKER_QUEUES")
+        return cls(processes, threads, device, environ.get("CATMERGE_STOP_FILE"), calibration_bytes, queues)
 
 
 def _positive(environ: Mapping[str, str], name: str, default: int) -> int:
@@ -41,3 +49,11 @@ def _positive(environ: Mapping[str, str], name: str, default: int) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise SettingsError(f"{name} is {text!r}: write a whole number of at least 1")
     return int(text)
+
+
+def _queues(environ: Mapping[str, str], name: str) -> tuple[Queue, ...]:
+    known = {queue.name.lower(): queue for queue in Queue}
+    given = [word.strip() for word in (environ.get(name) or ",".join(known)).split(",")]
+    if not known.keys() >= set(given):
+        raise SettingsError(f"{name} is {environ[name]!r}: write {' or '.join(known)}, or both with a comma")
+    return tuple(queue for word, queue in known.items() if word in given)

@@ -114,6 +114,9 @@ class Recipe(Frozen):
     allow_tf32: bool = Field(
         False, description="On NVIDIA GPUs, multiply in TF32: faster, but with 10 bits of what float32 has 23 of"
     )
+    priority: int = Field(
+        0, ge=-100, le=100, description="Of your own jobs the highest goes first; it takes nothing from other callers"
+    )
     metadata: Metadata = Field(default_factory=dict)
     deadline_seconds: int | None = Field(None, ge=1, le=31_536_000)
 

@@ -20,7 +20,7 @@ from service.contract.errors import (
 )
 from service.contract.job import Event, Job, Status
 from service.contract.recipe import Recipe
-from service.contract.stages import NewPart, PartMessage, Stage
+from service.contract.stages import STAGES, NewPart, PartMessage, Stage
 from service.stores.database import Database, now
 from service.stores.parts import ask_for, ready_messages, reopen, withdraw
 from service.stores.records import ACTIVE, event_of, lock_job, record, views
@@ -141,7 +141,7 @@ class JobStore:
             changes = row.status in ACTIVE and not _is_committing(connection, job_id)
             if changes:
                 withdraw(connection, job_id)
-                ended = {"status": Status.CANCELLED.value, "finished_at": now()}
+                ended = {"status": Status.CANCELLED.value, "finished_at": now(), "queue": None}
                 record(connection, job_id, "job.cancelled", {"by": caller}, **ended)
             return _one_view(connection, job_id), row.status in ACTIVE
 
@@ -303,6 +303,8 @@ def _new_row(job_id: str, prefix: str, submission: Submission) -> dict[str, Any]
         "warnings": list(submission.warnings),
         "created_at": now(),
         "queued_at": now(),
+        "priority": recipe.priority,
+        **_turn(FIRST_PART.stage),
         "deadline_at": None if recipe.deadline_seconds is None else now() + recipe.deadline_seconds,
         "expires_at": None if expires is None else now() + expires,
     }
@@ -318,7 +320,13 @@ def _reopened(row: Row[Any], stage: Stage | None) -> dict[str, Any]:
         "finished_at": None,
         "queued_at": now(),
         "deadline_at": None if seconds is None else now() + seconds,
+        **_turn(stage or FIRST_PART.stage),
     }
+
+
+def _turn(stage: Stage) -> dict[str, Any]:
+    """A job that has just been queued, for this stage."""
+    return {"queue": STAGES[stage].queue.value, "given": 0, "turn_at": now()}
 
 
 def _listed(listing: Listing, is_sqlite: bool) -> Select[Any]:

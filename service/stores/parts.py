@@ -15,6 +15,7 @@ from service.contract.job import FailureRecord, Status
 from service.contract.parts import Claim, Counters, Done, SoFar
 from service.contract.recipe import Recipe
 from service.contract.stages import ORDER, STAGES, NewPart, PartMessage, Queue, Stage
+from service.stores.claiming import next_job, next_part, note_turn
 from service.stores.database import Database, now
 from service.stores.records import ACTIVE, lock_job, record, touch
 from service.stores.schema import idempotency_keys, jobs, leaders, parts
@@ -33,30 +34,59 @@ class PartStore:
         self._part_attempts = part_attempts
 
     def claim(self, message: PartMessage, owner: str) -> Claim | None:
-        """Take a part that is ready. None where it is claimed, done, withdrawn or unknown: the message was late."""
+        """Take a part that is ready. None where it is claimed, done, withdrawn or unknown."""
         with self._database.write() as connection:
             job = lock_job(connection, message.job_id)
-            if job is None or job.status not in ACTIVE:
-                return None
-            token = secrets.token_hex(16)
-            row = connection.execute(
-                update(parts)
-                .where(*_is(message), parts.c.state == "ready")
-                .values(
-                    state="claimed",
-                    claim=token,
-                    owner=owner,
-                    lease_until=now() + self._lease_seconds,
-                    attempt=parts.c.attempt + 1,
-                    tries=parts.c.tries + 1,
-                )
-                .returning(parts)
-            ).one_or_none()
-            if row is None:
-                return None
-            self._note_start(connection, job, message.stage)
-            recipe = Recipe.model_validate(job.recipe)
-            return Claim(job.id, message.stage, row.part, row.name, token, row.attempt, recipe, job.prefix)
+            return None if job is None else self._take(connection, job, message, owner)
+
+    def claim_next(self, queues: Sequence[Queue], owner: str) -> Claim | None:
+        """Take the part whose turn it is in the first of these queues that has one; None where there is none.
+
+        Jobs that others have locked are passed over first, and waited for where there is nothing else: a worker that
+        finds nothing goes to sleep, and must have looked at everything.
+        """
+        for queue in queues:
+            claim = self._claim_of(queue, owner)
+            if claim is not None:
+                return claim
+        return None
+
+    def _claim_of(self, queue: Queue, owner: str) -> Claim | None:
+        patient = self._database.is_sqlite  # which lets in one writer at a time
+        while True:
+            with self._database.write() as connection:
+                job = next_job(connection, queue, patient=patient)
+                if job is None and patient:
+                    return None
+                part = None if job is None else next_part(connection, job.id)
+                if job is not None and part is not None:
+                    return self._take(connection, job, PartMessage(Stage(part.stage), job.id, part.part), owner)
+            patient = True
+
+    def _take(self, connection: Connection, job: Row[Any], message: PartMessage, owner: str) -> Claim | None:
+        """Claim a part of a locked job."""
+        if job.status not in ACTIVE:
+            return None
+        token = secrets.token_hex(16)
+        row = connection.execute(
+            update(parts)
+            .where(*_is(message), parts.c.state == "ready")
+            .values(
+                state="claimed",
+                claim=token,
+                owner=owner,
+                lease_until=now() + self._lease_seconds,
+                attempt=parts.c.attempt + 1,
+                tries=parts.c.tries + 1,
+            )
+            .returning(parts)
+        ).one_or_none()
+        if row is None:
+            return None
+        note_turn(connection, job.id)
+        self._note_start(connection, job, message.stage)
+        recipe = Recipe.model_validate(job.recipe)
+        return Claim(job.id, message.stage, row.part, row.name, token, row.attempt, recipe, job.prefix)
 
     def _note_start(self, connection: Connection, job: Row[Any], stage: Stage) -> None:
         if job.status == Status.QUEUED:
@@ -264,7 +294,8 @@ def fail_job(connection: Connection, job_id: str, failure: Failure) -> None:
     """End a job over ``failure``; its open parts are withdrawn."""
     error = FailureRecord.of(failure).model_dump(mode="json")
     withdraw(connection, job_id)
-    record(connection, job_id, "job.failed", error, status=Status.FAILED.value, finished_at=now(), error=error)
+    ended = {"status": Status.FAILED.value, "finished_at": now(), "queue": None}
+    record(connection, job_id, "job.failed", error, **ended, error=error)
 
 
 def withdraw(connection: Connection, job_id: str) -> None:
@@ -332,6 +363,7 @@ def _open_next_stage(connection: Connection, job_id: str) -> Stage | None:
             .where(parts.c.job_id == job_id, parts.c.stage == upcoming.value, parts.c.state == "waiting")
             .values(state="ready", sent_at=None)
         )
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(queue=STAGES[upcoming].queue.value))
     return upcoming
 
 
@@ -357,6 +389,7 @@ def _end(connection: Connection, job_id: str, done: Done) -> None:
         {"status": status.value},
         status=status.value,
         finished_at=now(),
+        queue=None,
         result=dict(done.result or {}),
     )
 

@@ -49,10 +49,18 @@ jobs = Table(
     Column("finished_at", Double),
     Column("deadline_at", Double),
     Column("expires_at", Double),
+    # Whose turn it is: see claiming.py.
+    Column("queue", String(32)),  # of the stage whose parts may be claimed; none where the job has ended
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("given", Integer, nullable=False, server_default="0"),  # parts claimed since the job was queued
+    Column("turn_at", Double, nullable=False, server_default="0"),  # since when it waits for its turn
+    Column("served_at", Double),  # when a part of it was last claimed
     Index(None, "caller", "id"),
     Index(None, "status", "id"),
     Index(None, "prefix"),
+    Index(None, "caller", "served_at"),
 )
+Index("ix_jobs_turns", jobs.c.queue, jobs.c.caller, jobs.c.priority.desc(), jobs.c.turn_at, jobs.c.id)
 
 parts = Table(
     "parts",
@@ -77,6 +85,7 @@ parts = Table(
     Column("bytes_written", BigInteger, nullable=False),
     Column("output", JSON(none_as_null=True)),
     Index(None, "state", "not_before"),
+    Index(None, "job_id", "state", "part"),
 )
 
 trials = Table(  # of a job's search; gone with the parts that made them, as when a job is planned again
