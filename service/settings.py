@@ -26,6 +26,7 @@ class Settings(BaseSettings):
     idempotency_days: float = Field(7.0, gt=0)
     job_retention_days: float | None = Field(None, gt=0)
     sweep_seconds: float = Field(1.0, gt=0, le=3600)
+    max_active_jobs: int | None = Field(None, ge=1, description="Of one caller, queued and running together")
     resend_after_seconds: float = Field(30.0, gt=0)
 
     @field_validator("public_url")

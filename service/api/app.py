@@ -61,7 +61,7 @@ def create_app(connections: Connections, settings: Settings) -> FastAPI:
 
 def _house(connections: Connections, settings: Settings) -> House:
     database = Database(connections.database_url)
-    jobs = JobStore(database)
+    jobs = JobStore(database, max_active_jobs=settings.max_active_jobs)
     return House(
         connections=connections,
         settings=settings,

@@ -138,6 +138,11 @@ class RecipeUnfit(Refusal):
     status, code, title = 422, "validation_error", "The recipe can't be carried out"
 
 
+class TooManyActiveJobs(Refusal):
+    status, code, title = 429, "too_many_active_jobs", "As many jobs as one caller may have wait or run already"
+    retryable = True
+
+
 class StoreUnavailable(Refusal):
     status, code, title = 503, "store_unavailable", "The object store or the database does not answer"
     retryable = True

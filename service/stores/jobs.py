@@ -17,6 +17,7 @@ from service.contract.errors import (
     JobNotTerminal,
     NotFound,
     OutputExists,
+    TooManyActiveJobs,
 )
 from service.contract.job import Event, Job, Status
 from service.contract.recipe import Recipe
@@ -27,6 +28,7 @@ from service.stores.records import ACTIVE, event_of, lock_job, record, views
 from service.stores.schema import events, idempotency_keys, jobs, parts
 
 ID_PREFIX = "mrg_"
+FULL_RETRY_SECONDS = 10
 FIRST_PART = NewPart(Stage.PLAN, 0, "plan", weight=1.0)
 
 
@@ -74,8 +76,9 @@ class Listing:
 class JobStore:
     """What callers may do with jobs; each method is one transaction."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, max_active_jobs: int | None = None) -> None:
         self._database = database
+        self._max_active_jobs = max_active_jobs
 
     def submit(
         self, submission: Submission, key: IdempotencyKey | None, answer: Callable[[Job], KeptAnswer]
@@ -85,6 +88,7 @@ class JobStore:
         Raises:
             OutputExists: another job that is not finished writes to the same place, above it or below it.
             IdempotencyKeyReused: the key was used with another body.
+            TooManyActiveJobs: the caller has as many as it may have.
         """
         with self._database.write() as connection:
             # Ids are given out and committed in one order, so that no list ever skips a job that commits late.
@@ -92,6 +96,7 @@ class JobStore:
             kept = _kept(connection, key)
             if kept is not None:
                 return kept
+            self._refuse_full(connection, submission.caller)
             job_id = _next_id(connection)
             prefix = submission.prefix(job_id)
             _refuse_taken(connection, prefix, except_job=job_id)
@@ -102,6 +107,22 @@ class JobStore:
             if key is not None:
                 _keep(connection, key, answer(job))
             return job
+
+    def expect_room(self, caller: str) -> None:
+        """Raises TooManyActiveJobs where one more job would be refused now."""
+        with self._database.read() as connection:
+            self._refuse_full(connection, caller)
+
+    def _refuse_full(self, connection: Connection, caller: str) -> None:
+        if self._max_active_jobs is None:
+            return
+        active = select(func.count()).where(jobs.c.caller == caller, jobs.c.status.in_(ACTIVE))
+        count = connection.execute(active).scalar_one()
+        if count >= self._max_active_jobs:
+            raise TooManyActiveJobs(
+                f"{count} of your jobs wait or run, and {self._max_active_jobs} may: wait for one, or cancel it.",
+                retry_after_seconds=FULL_RETRY_SECONDS,
+            )
 
     def replay(self, key: IdempotencyKey) -> KeptAnswer | None:
         """The answer kept for ``key``, if there is one. Raises IdempotencyKeyReused."""
@@ -156,6 +177,7 @@ class JobStore:
             row = _own(lock_job(connection, job_id), caller, job_id)
             if not Status(row.status).is_retryable:
                 raise JobNotRetryable(f"Job {job_id} is {row.status}; only a failed or cancelled job can be retried.")
+            self._refuse_full(connection, caller)
             _refuse_taken(connection, row.prefix, except_job=job_id)
             over_inputs = row.error is not None and row.error["blame"] == Blame.USER
             if over_inputs or _overtaken(connection, row.id, row.prefix, row.queued_at) is not None:
