@@ -27,7 +27,10 @@ class Settings(BaseSettings):
     job_retention_days: float | None = Field(None, gt=0)
     sweep_seconds: float = Field(1.0, gt=0, le=3600)
     max_active_jobs: int | None = Field(None, ge=1, description="Of one caller, queued and running together")
-    resend_after_seconds: float = Field(30.0, gt=0)
+    resend_after_seconds: float = Field(5.0, gt=0)
+    placement_seconds: float = Field(
+        600.0, ge=0, description="How long parts too large for every worker wait for a larger one"
+    )
 
     @field_validator("public_url")
     @classmethod

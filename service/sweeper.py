@@ -13,6 +13,8 @@ from sqlalchemy.exc import DBAPIError
 
 from service.dispatch import Dispatcher
 from service.stores.parts import PartStore
+from service.stores.placing import Placement
+from service.stores.workers import WorkerStore
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +28,19 @@ class Rhythm:
     """How often to sweep, when to send again, and how long to keep idempotency keys."""
 
     sweep_seconds: float = 1.0
-    resend_after_seconds: float = 30.0
+    resend_after_seconds: float = 5.0
     keep_keys_seconds: float = 7 * 86400.0
 
 
 class Sweeper:
     """A thread in every API process; the one that holds the duty in the database sweeps, the others stand by."""
 
-    def __init__(self, parts: PartStore, dispatcher: Dispatcher, rhythm: Rhythm) -> None:
+    def __init__(
+        self, parts: PartStore, workers: WorkerStore, placement: Placement, dispatcher: Dispatcher, rhythm: Rhythm
+    ) -> None:
         self._parts = parts
+        self._workers = workers
+        self._placement = placement
         self._dispatcher = dispatcher
         self._rhythm = rhythm
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
@@ -66,12 +72,14 @@ class Sweeper:
         """Do everything that is due once."""
         self._parts.take_back_expired()
         self._parts.end_overdue()
+        self._placement.sweep()
         self._send_due()
         self._until_housekeeping -= self._rhythm.sweep_seconds
         if self._until_housekeeping <= 0:
             self._until_housekeeping = HOUSEKEEPING_SECONDS
             self._parts.forget_keys(self._rhythm.keep_keys_seconds)
             self._parts.forget_expired_jobs()
+            self._workers.forget_gone()
 
     def _send_due(self) -> None:
         due = self._parts.due(self._rhythm.resend_after_seconds, BATCH)

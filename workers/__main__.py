@@ -36,6 +36,7 @@ def main() -> int:
     for name, value in {**ENVIRONMENT, "OMP_NUM_THREADS": str(settings.threads)}.items():
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory(prefix="catmerge-worker-") as folder:
+        os.environ["CATMERGE_WORKER_NAME"] = settings.name
         os.environ["CATMERGE_STOP_FILE"] = str(Path(folder) / "stop")
         return _run(Path(os.environ["CATMERGE_STOP_FILE"]), settings)
 

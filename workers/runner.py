@@ -13,7 +13,7 @@ from service.contract.settings import Connections
 from service.contract.stages import STAGES, PartMessage, Queue, Stage
 from service.stores.database import Database
 from service.stores.objects import open_objects
-from service.stores.parts import PartStore
+from service.stores.parts import MAX_BYTES, PartStore
 from service.stores.studies import JobStudy
 from workers.cleanup import remove_outputs
 from workers.watch import Heartbeat, Watch
@@ -37,6 +37,8 @@ class Runner:
         device: str,
         calibration_bytes: int | None = None,
         queues: Sequence[Queue] = tuple(Queue),
+        usable_bytes: int = MAX_BYTES,
+        owner: str | None = None,
     ) -> None:
         self._connections = connections
         self._stages = stages
@@ -45,6 +47,7 @@ class Runner:
         self._device = device
         self._calibration_bytes = calibration_bytes
         self._queues = queues
+        self._usable_bytes = usable_bytes
         self._last: Queue | None = None
         self._objects = open_objects(connections)
         self._database = Database(connections.database_url)
@@ -53,7 +56,7 @@ class Runner:
             lease_seconds=connections.lease_seconds,
             part_attempts=connections.part_attempts,
         )
-        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+        self._owner = owner or f"{socket.gethostname()}:{os.getpid()}"
 
     def __repr__(self) -> str:
         return f"Runner({self._owner}, device={self._device})"
@@ -70,7 +73,8 @@ class Runner:
 
         The queues take turns where both have parts, so that neither waits for the other to be empty.
         """
-        claim = self._parts.claim_next(sorted(self._queues, key=lambda queue: queue is self._last), self._owner)
+        queues = sorted(self._queues, key=lambda queue: queue is self._last)
+        claim = self._parts.claim_next(queues, self._owner, self._usable_bytes)
         if claim is None:
             return False
         self._last = STAGES[claim.stage].queue

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
+import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from service.contract.settings import SettingsError
 from service.contract.stages import Queue
+
+
+def _new_name() -> str:
+    return f"{socket.gethostname()}:{secrets.token_hex(3)}"
 
 
 @dataclass(frozen=True)
@@ -17,7 +23,8 @@ class WorkerSettings:
 
     ``calibration_bytes`` is what the weights of a model that is being calibrated may take in the device's memory; None
     is whatever the model needs. A model that needs more is read block by block. ``queues`` are those whose parts the
-    worker takes.
+    worker takes. ``memory_bytes`` is what a part may need to be given to one of the processes; None is what there is.
+    ``name`` tells this worker from every other one, and from what ran on the same machine before.
     """
 
     processes: int
@@ -26,10 +33,13 @@ class WorkerSettings:
     stop_file: str | None
     calibration_bytes: int | None = None
     queues: tuple[Queue, ...] = tuple(Queue)
+    memory_bytes: int | None = None
+    name: str = field(default_factory=_new_name)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
-        """Reads CATMERGE_WORKER_PROCESSES, _WORKER_THREADS, _WORKER_QUEUES, _DEVICE, _CALIBRATION_BYTES.
+        """Reads CATMERGE_WORKER_PROCESSES, _WORKER_THREADS, _WORKER_QUEUES, _WORKER_MEMORY_BYTES, _DEVICE and
+        _CALIBRATION_BYTES; and what a worker's parent tells its children, _STOP_FILE and _WORKER_NAME.
 
         Raises:
             SettingsError: a variable can't be used.
@@ -40,8 +50,21 @@ class WorkerSettings:
         device = environ.get("CATMERGE_DEVICE") or "auto"
         given = environ.get("CATMERGE_CALIBRATION_BYTES")
         calibration_bytes = _positive(environ, "CATMERGE_CALIBRATION_BYTES", 1) if given else None
-        queues = _queues(environ, "CATMERGE_WORKER_QUEUES")
-        return cls(processes, threads, device, environ.get("CATMERGE_STOP_FILE"), calibration_bytes, queues)
+        memory = environ.get("CATMERGE_WORKER_MEMORY_BYTES")
+        return cls(
+            processes,
+            threads,
+            device,
+            environ.get("CATMERGE_STOP_FILE"),
+            calibration_bytes,
+            _queues(environ, "CATMERGE_WORKER_QUEUES"),
+            _positive(environ, "CATMERGE_WORKER_MEMORY_BYTES", 1) if memory else None,
+            environ.get("CATMERGE_WORKER_NAME") or _new_name(),
+        )
+
+    def owner(self, pid: int) -> str:
+        """By which name a child claims parts."""
+        return f"{self.name}:{pid}"
 
 
 def _positive(environ: Mapping[str, str], name: str, default: int) -> int:
@@ -52,7 +75,7 @@ def _positive(environ: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _queues(environ: Mapping[str, str], name: str) -> tuple[Queue, ...]:
-    known = {queue.name.lower(): queue for queue in Queue}
+    known = {str(queue.word): queue for queue in Queue}
     given = [word.strip() for word in (environ.get(name) or ",".join(known)).split(",")]
     if not known.keys() >= set(given):
         raise SettingsError(f"{name} is {environ[name]!r}: write {' or '.join(known)}, or both with a comma")

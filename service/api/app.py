@@ -11,7 +11,7 @@ from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 
-from service.api import artifacts, catalogue, events, health, merges, problems, schema, trim_log
+from service.api import artifacts, catalogue, events, health, merges, problems, schema, trim_log, workers
 from service.api.deps import House, plain_parameters
 from service.api.metrics import Metrics
 from service.api.watch import Watch
@@ -22,6 +22,8 @@ from service.stores.database import Database
 from service.stores.jobs import JobStore
 from service.stores.objects import open_objects
 from service.stores.parts import PartStore
+from service.stores.placing import Placement
+from service.stores.workers import WorkerStore
 from service.sweeper import Rhythm, Sweeper
 
 # The trim log and the list of artifacts come before the artifact whose name may be any path.
@@ -31,6 +33,7 @@ ROUTERS = (
     trim_log.router,
     artifacts.router,
     catalogue.router,
+    workers.router,
     health.router,
 )
 
@@ -69,6 +72,7 @@ def _house(connections: Connections, settings: Settings) -> House:
         objects=open_objects(connections),
         jobs=jobs,
         parts=PartStore(database, lease_seconds=connections.lease_seconds, part_attempts=connections.part_attempts),
+        workers=WorkerStore(database, lease_seconds=connections.lease_seconds),
         dispatcher=Dispatcher(connections.broker_url),
         metrics=Metrics(jobs),
     )
@@ -77,7 +81,7 @@ def _house(connections: Connections, settings: Settings) -> House:
 @asynccontextmanager
 async def _open(house: House) -> AsyncIterator[None]:
     await run_in_threadpool(house.database.migrate)
-    sweeper = Sweeper(house.parts, house.dispatcher, _rhythm(house.settings))
+    sweeper = _sweeper(house)
     sweeper.start()
     try:
         yield
@@ -86,6 +90,15 @@ async def _open(house: House) -> AsyncIterator[None]:
         await run_in_threadpool(sweeper.stop)
         house.dispatcher.close()
         house.database.close()
+
+
+def _sweeper(house: House) -> Sweeper:
+    placement = Placement(
+        house.database,
+        lease_seconds=house.connections.lease_seconds,
+        patience_seconds=house.settings.placement_seconds,
+    )
+    return Sweeper(house.parts, house.workers, placement, house.dispatcher, _rhythm(house.settings))
 
 
 def _rhythm(settings: Settings) -> Rhythm:

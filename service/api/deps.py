@@ -19,6 +19,7 @@ from service.stores.database import Database
 from service.stores.jobs import IdempotencyKey, JobStore
 from service.stores.objects import Objects
 from service.stores.parts import PartStore
+from service.stores.workers import WorkerStore
 from service.submit import Rooms
 
 
@@ -59,6 +60,7 @@ class House:
     objects: Objects
     jobs: JobStore
     parts: PartStore
+    workers: WorkerStore
     dispatcher: Dispatcher
     metrics: Metrics
     in_flight: InFlight = field(default_factory=InFlight)

@@ -216,6 +216,12 @@ class WorkerLost(Failure):
     code, blame, retryable = "worker_lost", Blame.SYSTEM, True
 
 
+class NoWorkerFits(Failure):
+    """A part needs more memory than any worker has; a retry helps once there is a larger one."""
+
+    code, blame, retryable = "no_worker_fits", Blame.SYSTEM, True
+
+
 class WorkerError(Failure):
     """A fault of ours; retried in case it was the machine."""
 

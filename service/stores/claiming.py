@@ -39,14 +39,14 @@ class Caller:
     served_at: float | None
 
 
-def next_job(connection: Connection, queue: Queue, *, patient: bool) -> Row[Any] | None:
-    """The job of a queue whose turn it is, locked; None where no part of any may be claimed.
+def next_job(connection: Connection, queue: Queue, usable_bytes: int, *, patient: bool) -> Row[Any] | None:
+    """The job of a queue whose turn it is, locked; None where no part of any may be claimed with so much memory.
 
     Jobs that another transaction has locked are passed over, unless ``patient``: then they are waited for, and what
     comes back may have been served meanwhile.
     """
     for caller in callers_in_turn(connection, queue):
-        job = _next_of(connection, queue, caller.name, patient=patient)
+        job = _next_of(connection, queue, caller.name, usable_bytes, patient=patient)
         if job is not None:
             return job
     return None
@@ -76,9 +76,9 @@ def _callers(queue: Queue) -> Select[Any]:
     return select(found.c.caller, served.label("served_at")).where(found.c.caller.is_not(None))
 
 
-def _next_of(connection: Connection, queue: Queue, caller: str, *, patient: bool) -> Row[Any] | None:
+def _next_of(connection: Connection, queue: Queue, caller: str, usable_bytes: int, *, patient: bool) -> Row[Any] | None:
     """Of one caller: the best of the jobs with parts at work, of which there are few, or of all the others."""
-    waiting = (jobs.c.queue == queue.value, jobs.c.caller == caller, _has_ready())
+    waiting = (jobs.c.queue == queue.value, jobs.c.caller == caller, _has("ready", *_claimable(usable_bytes)))
     counted = select(parts.c.job_id, func.count().label("n")).where(parts.c.state == "claimed")
     at_work = counted.group_by(parts.c.job_id).subquery()
     busy = connection.execute(
@@ -105,8 +105,9 @@ def _has(state: str, *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
     return select(parts.c.part).where(parts.c.job_id == jobs.c.id, parts.c.state == state, *conditions).exists()
 
 
-def _has_ready() -> ColumnElement[bool]:
-    return _has("ready", parts.c.not_before <= now())
+def _claimable(usable_bytes: int) -> tuple[ColumnElement[bool], ...]:
+    """Of a part that is ready: whether its pause is over, and a worker with so much memory may have it."""
+    return parts.c.not_before <= now(), parts.c.peak_bytes <= usable_bytes
 
 
 def _locked(connection: Connection, query: Select[Any], patient: bool) -> Row[Any] | None:
@@ -114,14 +115,15 @@ def _locked(connection: Connection, query: Select[Any], patient: bool) -> Row[An
     return row
 
 
-def next_part(connection: Connection, job_id: str) -> Row[Any] | None:
+def next_part(connection: Connection, job_id: str, usable_bytes: int) -> Row[Any, Any] | None:
     """The part of a locked job that is to be claimed next."""
-    return connection.execute(
+    row: Row[Any, Any] | None = connection.execute(
         select(parts.c.stage, parts.c.part)
-        .where(parts.c.job_id == job_id, parts.c.state == "ready", parts.c.not_before <= now())
+        .where(parts.c.job_id == job_id, parts.c.state == "ready", *_claimable(usable_bytes))
         .order_by(parts.c.part, parts.c.stage)
         .limit(1)
     ).one_or_none()
+    return row
 
 
 def note_turn(connection: Connection, job_id: str) -> None:

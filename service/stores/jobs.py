@@ -348,7 +348,7 @@ def _reopened(row: Row[Any], stage: Stage | None) -> dict[str, Any]:
 
 def _turn(stage: Stage) -> dict[str, Any]:
     """A job that has just been queued, for this stage."""
-    return {"queue": STAGES[stage].queue.value, "given": 0, "turn_at": now()}
+    return {"queue": STAGES[stage].queue.value, "given": 0, "turn_at": now(), "stuck_since": None}
 
 
 def _listed(listing: Listing, is_sqlite: bool) -> Select[Any]:

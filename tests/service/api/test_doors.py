@@ -33,6 +33,7 @@ ROUTES = {
     ("get", "/v1/merges/{job_id}/trim-log"),
     ("get", "/v1/methods"),
     ("get", "/v1/treatments"),
+    ("get", "/v1/workers"),
     ("get", "/healthz"),
     ("get", "/readyz"),
     ("get", "/metrics"),
