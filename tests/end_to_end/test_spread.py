@@ -31,17 +31,25 @@ def stack(
         connections = connect(postgres, s3, broker.url, "spread", workspace="s3://faults/spread/", heartbeat_seconds=1)
         with open_stack(tmp_path_factory.mktemp("spread"), connections) as opened:
             opened.upload(vit.folder, PLACE)
-            twin = opened.worker.twin()
-            twin.start()
-            try:
-                until(lambda: len(workers(opened)) == 2, "both workers say that they are there", opened.logs)
-                yield opened
-            finally:
-                twin.stop()
+            yield opened
+
+
+@pytest.fixture(scope="module")
+def twin(stack: Stack) -> Iterator[Program]:
+    """The other worker; both have said that they are there."""
+    other = stack.worker.twin()
+    other.start()
+    try:
+        until(lambda: len(workers(stack)) == 2, "both workers say that they are there", stack.logs)
+        yield other
+    finally:
+        other.stop()
 
 
 def workers(stack: Stack) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = stack.client.get("/v1/workers").json()["data"]
+    answer = stack.client.get("/v1/workers")
+    assert answer.status_code == 200, answer.text
+    rows: list[dict[str, Any]] = answer.json()["data"]
     return rows
 
 
@@ -51,13 +59,14 @@ def at_work_on(stack: Stack, job_id: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def large(stack: Stack, pair: Family) -> Iterator[str]:
+def large(stack: Stack, twin: Program, pair: Family) -> Iterator[str]:
     """A job of more than a thousand parts, underway on both workers."""
     rows = [{"task": task, "labeled": f"{PLACE}{task}-labeled.safetensors"} for task in pair.tasks]
     rows = [{**row, "validation": row["labeled"]} for row in rows]
     search = {"space": {"scaling": {"low": 0.1, "high": 1.0}}, "trials": TRIALS, "sampler": "random"}
-    body = pair.recipe(PLACE, method={"name": "average"}, evaluation={"tasks": rows, "resamples": 100})
-    job_id = stack.submit({**body, "method": {"name": "task_arithmetic"}, "search": search})["id"]
+    evaluation = {"tasks": rows, "resamples": 100}
+    body = pair.recipe(PLACE, method={"name": "task_arithmetic"}, evaluation=evaluation, search=search)
+    job_id = stack.submit(body)["id"]
     until(lambda: len(at_work_on(stack, job_id)) == 2, "both workers are at the large job", stack.logs)
     yield job_id
     stack.client.post(f"/v1/merges/{job_id}/cancel")
@@ -90,10 +99,9 @@ def retried(stack: Stack, job_id: str) -> list[dict[str, Any]]:
     return [row["data"] for row in rows if row["type"] == "part.retried"]
 
 
-def test_a_worker_that_stops_is_gone_from_the_list(stack: Stack, large: str) -> None:
-    before = workers(stack)
-    other: Program = stack.worker.twin()
-    other.start()
-    until(lambda: len(workers(stack)) == len(before) + 1, "a third one is there", stack.logs)
-    assert other.stop() == 0
-    assert len(workers(stack)) == len(before)
+def test_a_worker_that_stops_is_gone_from_the_list(stack: Stack, twin: Program, large: str) -> None:
+    """And the part that it gives back costs its job nothing."""
+    assert len(workers(stack)) == 2
+    assert twin.stop() == 0
+    assert len(workers(stack)) == 1
+    assert len(retried(stack, large)) == 1, "that of the killed child"
