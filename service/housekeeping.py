@@ -20,6 +20,7 @@ from service.stores.ended import Ended, EndedJobs
 from service.stores.jobs import JobStore
 from service.stores.objects import AccessDenied, ObjectInfo, Objects, StoreError
 from service.stores.parts import PartStore
+from service.stores.workers import WorkerStore
 from service.wiping import owner, wipe, wipe_scratch, wipe_unfinished
 
 logger = logging.getLogger(__name__)
@@ -51,10 +52,18 @@ class Housekeeper:
     """A thread in every API process, of its own because stores can be slow; one at a time has the duty."""
 
     def __init__(
-        self, jobs: JobStore, parts: PartStore, ended: EndedJobs, objects: Objects, workspace: str, keeping: Keeping
+        self,
+        jobs: JobStore,
+        parts: PartStore,
+        workers: WorkerStore,
+        ended: EndedJobs,
+        objects: Objects,
+        workspace: str,
+        keeping: Keeping,
     ) -> None:
         self._jobs = jobs
         self._parts = parts
+        self._workers = workers
         self._ended = ended
         self._objects = objects
         self._workspace = workspace
@@ -86,6 +95,7 @@ class Housekeeper:
     def clear_up(self) -> None:
         """Do everything that is due once."""
         self._parts.forget_keys(self._keeping.keep_keys_seconds)
+        self._workers.forget_gone()
         for ended in self._ended.untidied(self._keeping.quiet_seconds, BATCH):
             self._unless_stopped(ended.id, partial(self._tidy, ended))
         for job in self._ended.expired(BATCH):

@@ -27,11 +27,15 @@ class Settings(BaseSettings):
     idempotency_days: float = Field(7.0, gt=0)
     job_retention_days: float | None = Field(None, gt=0)
     sweep_seconds: float = Field(1.0, gt=0, le=3600)
-    resend_after_seconds: float = Field(30.0, gt=0)
     housekeeping_seconds: float = Field(60.0, gt=0)
     expire_artifacts: bool = False
     cache_bytes: int | None = Field(None, ge=0)
     migrate_at_start: bool = Field(True, description="Else somebody runs catmerge migrate before this version starts")
+    max_active_jobs: int | None = Field(None, ge=1, description="Of one caller, queued and running together")
+    resend_after_seconds: float = Field(5.0, gt=0)
+    placement_seconds: float = Field(
+        600.0, ge=0, description="How long parts too large for every worker wait for a larger one"
+    )
 
     @field_validator("public_url")
     @classmethod

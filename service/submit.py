@@ -43,6 +43,7 @@ def submit(
 
     ``answer`` makes what is kept for the key. Raises any Refusal of admission; then nothing is stored.
     """
+    rooms.jobs.expect_room(caller)  # before much is read in vain; what counts is asked again when it is stored
     plan = _admitted(recipe, rooms.objects)
     submission = Submission(
         caller=caller,

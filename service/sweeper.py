@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from service.dispatch import Dispatcher
 from service.stores.parts import PartStore
+from service.stores.placing import Placement
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,15 @@ class Rhythm:
     """How often to sweep, and when to send again."""
 
     sweep_seconds: float = 1.0
-    resend_after_seconds: float = 30.0
+    resend_after_seconds: float = 5.0
 
 
 class Sweeper:
     """A thread in every API process; the one that holds the duty in the database sweeps, the others stand by."""
 
-    def __init__(self, parts: PartStore, dispatcher: Dispatcher, rhythm: Rhythm) -> None:
+    def __init__(self, parts: PartStore, placement: Placement, dispatcher: Dispatcher, rhythm: Rhythm) -> None:
         self._parts = parts
+        self._placement = placement
         self._dispatcher = dispatcher
         self._rhythm = rhythm
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
@@ -63,6 +65,7 @@ class Sweeper:
         """Do everything that is due once."""
         self._parts.take_back_expired()
         self._parts.end_overdue()
+        self._placement.sweep()
         self._send_due()
 
     def _send_due(self) -> None:

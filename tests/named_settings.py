@@ -12,7 +12,10 @@ from service.contract.settings import Connections, variable
 from service.settings import Settings
 from workers.settings import WorkerSettings
 
-BETWEEN_PROCESSES = {"CATMERGE_STOP_FILE"}  # a worker's parent tells its children; nobody else sets it
+BETWEEN_PROCESSES = {
+    "CATMERGE_STOP_FILE",
+    "CATMERGE_WORKER_NAME",
+}  # a worker's parent tells its children; nobody else sets it
 
 
 class AskedFor(Mapping[str, str]):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from service.contract.settings import Connections, SettingsError
-from service.contract.stages import Queue
 from workers.settings import WorkerSettings
 
 # Threads that spin while they wait made an eigenproblem 70 times slower beside one busy process; and glibc that returns
@@ -37,11 +36,12 @@ def main() -> int:
     for name, value in {**ENVIRONMENT, "OMP_NUM_THREADS": str(settings.threads)}.items():
         os.environ.setdefault(name, value)
     with tempfile.TemporaryDirectory(prefix="catmerge-worker-") as folder:
+        os.environ["CATMERGE_WORKER_NAME"] = settings.name
         os.environ["CATMERGE_STOP_FILE"] = str(Path(folder) / "stop")
-        return _run(Path(os.environ["CATMERGE_STOP_FILE"]))
+        return _run(Path(os.environ["CATMERGE_STOP_FILE"]), settings)
 
 
-def _run(stop_file: Path) -> int:
+def _run(stop_file: Path, settings: WorkerSettings) -> int:
     from celery.signals import worker_shutting_down
 
     from workers.app import app, failed_file
@@ -52,7 +52,7 @@ def _run(stop_file: Path) -> int:
         faulthandler.dump_traceback_later(STOP_LIMIT_SECONDS, exit=True)
 
     worker_shutting_down.connect(leave)
-    queues = ",".join(queue.value for queue in Queue)
+    queues = ",".join(queue.value for queue in settings.queues)
     app.worker_main(
         ["worker", "--pool=prefork", "--loglevel=INFO", "-Q", queues, "--without-gossip", "--without-mingle"]
     )

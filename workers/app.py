@@ -5,22 +5,32 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import billiard.pool
 from celery import Celery
-from celery.signals import worker_process_init
+from celery.signals import worker_process_init, worker_process_shutdown, worker_ready
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
 from service.contract.broker import BROKER_SETTINGS
 from service.contract.settings import Connections
 from service.contract.stages import STAGES, PartMessage, Queue, Stage
+from service.contract.workers import Worker
+from service.stores.database import Database
+from service.stores.parts import PartStore
+from service.stores.workers import WorkerStore
+from workers import memory
+from workers.deaths import Deaths
+from workers.presence import Presence
 from workers.runner import Runner
 from workers.settings import WorkerSettings
+from workers.version import ENGINE
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +42,52 @@ class WorkerApp(Celery):  # type: ignore[misc]  # celery ships no types
 
     @cached_property
     def runner(self) -> Runner:
-        from workers import machine, stages  # torch comes in here
+        from workers import stages  # torch comes in here
 
-        settings = WorkerSettings.from_environment(os.environ)
-        device = machine.prepare(settings)
-        connections = Connections.from_environment(os.environ)
+        settings, worker = WorkerSettings.from_environment(os.environ), self.worker
         return Runner(
-            connections,
+            self.connections,
             stages.RUN,
             self.ring,
             lambda: is_leaving(settings.stop_file),
-            device,
-            settings.calibration_bytes,
+            worker.device,
+            min(settings.calibration_bytes or worker.usable_bytes, worker.usable_bytes),
+            worker.queues,
+            worker.usable_bytes,
+            worker.id,
         )
+
+    @cached_property
+    def connections(self) -> Connections:
+        return Connections.from_environment(os.environ)
+
+    @cached_property
+    def worker(self) -> Worker:
+        """What this process says of itself."""
+        from workers import machine
+
+        settings = WorkerSettings.from_environment(os.environ)
+        device = machine.prepare(settings)
+        on_device = machine.device_bytes(device)
+        has = memory.host_bytes() if on_device is None else on_device
+        usable = memory.usable_bytes(memory.host_bytes(), on_device, settings.processes)
+        return Worker(
+            id=settings.owner(os.getpid()),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=device,
+            memory_bytes=has,
+            usable_bytes=settings.memory_bytes or usable,
+            processes=settings.processes,
+            queues=settings.queues,
+            version=version("catmerge"),
+            engine=ENGINE,
+        )
+
+    @cached_property
+    def presence(self) -> Presence:
+        store = WorkerStore(Database(self.connections.database_url), lease_seconds=self.connections.lease_seconds)
+        return Presence(store, self.worker, every_seconds=self.connections.heartbeat_seconds)
 
     def ring(self, messages: Sequence[PartMessage]) -> None:
         """Send what comes next; what the broker does not take is left to the sweeper."""
@@ -110,6 +153,8 @@ def _warm_up(**_: Any) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     try:
         logger.info("Ready: %s", app.runner)
+        app.presence.enter()
+        worker_process_shutdown.connect(_say_goodbye)
     except Exception:  # celery would go on and drop every message: better no worker than one that can't work
         logger.exception("This worker can't start")
         stop_file = os.environ.get("CATMERGE_STOP_FILE")
@@ -117,3 +162,17 @@ def _warm_up(**_: Any) -> None:
             failed_file(Path(stop_file)).touch()
         os.kill(os.getppid(), signal.SIGTERM)
         raise
+
+
+def _say_goodbye(**_: Any) -> None:
+    app.presence.leave()
+
+
+@worker_ready.connect  # type: ignore[untyped-decorator]
+def _watch_children(sender: Any, **_: Any) -> None:
+    """In the parent, once its pool is there."""
+    connections, settings = app.connections, WorkerSettings.from_environment(os.environ)
+    database = Database(connections.database_url)
+    leases = {"lease_seconds": connections.lease_seconds}
+    parts = PartStore(database, **leases, part_attempts=connections.part_attempts)
+    Deaths(parts, WorkerStore(database, **leases), settings.owner).watch(sender.pool._pool)

@@ -21,6 +21,13 @@ def prepare(settings: WorkerSettings) -> str:
     return device
 
 
+def device_bytes(device: str) -> int | None:
+    """The memory of a GPU; None for the CPU, whose memory is the machine's."""
+    if torch.device(device).type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def allow_tf32(allowed: bool) -> None:
     """Whether an NVIDIA GPU may round what float32 products and convolutions multiply to 10 bits (torch: TF32).
 

@@ -1,4 +1,4 @@
-"""Does one part of one job: claim it, keep its lease, run its stage, and move the job on."""
+"""Does one part after another: claim it, keep its lease, run its stage, and move its job on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from service.contract.errors import Failure, Stopped, WorkerError
 from service.contract.parts import Claim, Done
 from service.contract.recipe import Recipe
 from service.contract.settings import Connections
-from service.contract.stages import PartMessage, Stage
+from service.contract.stages import STAGES, PartMessage, Queue, Stage
 from service.stores.database import Database, is_outage
 from service.stores.objects import open_objects
-from service.stores.parts import PartStore
+from service.stores.parts import MAX_BYTES, PartStore
 from service.stores.studies import JobStudy
 from workers.cleanup import remove_outputs, remove_scratch
 from workers.watch import Heartbeat, Watch
@@ -46,6 +46,9 @@ class Runner:
         leaving: Callable[[], bool],
         device: str,
         calibration_bytes: int | None = None,
+        queues: Sequence[Queue] = tuple(Queue),
+        usable_bytes: int = MAX_BYTES,
+        owner: str | None = None,
     ) -> None:
         self._connections = connections
         self._stages = stages
@@ -53,6 +56,9 @@ class Runner:
         self._leaving = leaving
         self._device = device
         self._calibration_bytes = calibration_bytes
+        self._queues = queues
+        self._usable_bytes = usable_bytes
+        self._last: Queue | None = None
         self._objects = open_objects(connections)
         self._database = Database(connections.database_url)
         self._parts = PartStore(
@@ -60,20 +66,28 @@ class Runner:
             lease_seconds=connections.lease_seconds,
             part_attempts=connections.part_attempts,
         )
-        self._owner = f"{socket.gethostname()}:{os.getpid()}"
+        self._owner = owner or f"{socket.gethostname()}:{os.getpid()}"
 
     def __repr__(self) -> str:
         return f"Runner({self._owner}, device={self._device})"
 
     def run(self, message: PartMessage) -> None:
-        """Do the part that a message points at, unless it is done, claimed or withdrawn."""
-        if self._leaving():
-            self._ring([message])  # to whoever stays
-            return
-        claim = self._parts.claim(message, self._owner)
+        """Do part after part while there are any: a message says no more than that there is work."""
+        while not self._leaving():
+            if not self.run_next():
+                return
+        self._ring([message])  # to whoever stays
+
+    def run_next(self) -> bool:
+        """Do the part whose turn it is; False where there is none.
+
+        The queues take turns where both have parts, so that neither waits for the other to be empty.
+        """
+        queues = sorted(self._queues, key=lambda queue: queue is self._last)
+        claim = self._parts.claim_next(queues, self._owner, self._usable_bytes)
         if claim is None:
-            logger.info("Nothing to do for %s", message)
-            return
+            return False
+        self._last = STAGES[claim.stage].queue
         watch = Watch(
             lambda: self._insist(lambda: self._parts.commit_point(claim)),
             lambda: self._insist(lambda: self._parts.heartbeat(claim, watch.counters)),
@@ -82,6 +96,7 @@ class Runner:
             done = self._attempt(claim, watch)
         if done is not None:
             self._move_on(claim, done, watch)
+        return True
 
     def _heartbeat(self, claim: Claim, watch: Watch) -> Heartbeat:
         return Heartbeat(

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 
-from service.api import artifacts, catalogue, evaluations, events, health, merges, problems, schema, trim_log
+from service.api import artifacts, catalogue, evaluations, events, health, merges, problems, schema, trim_log, workers
 from service.api.deps import House, plain_parameters
 from service.api.lookout import Lookout
 from service.api.metrics import Metrics
@@ -27,6 +27,8 @@ from service.stores.ended import EndedJobs
 from service.stores.jobs import JobStore
 from service.stores.objects import open_objects
 from service.stores.parts import PartStore
+from service.stores.placing import Placement
+from service.stores.workers import WorkerStore
 from service.sweeper import Rhythm, Sweeper
 
 # The trim log and the list of artifacts come before the artifact whose name may be any path.
@@ -37,6 +39,7 @@ ROUTERS = (
     artifacts.router,
     evaluations.router,
     catalogue.router,
+    workers.router,
     health.router,
 )
 
@@ -67,7 +70,7 @@ def create_app(connections: Connections, settings: Settings) -> FastAPI:
 
 def _house(connections: Connections, settings: Settings) -> House:
     database = Database(connections.database_url)
-    jobs = JobStore(database)
+    jobs = JobStore(database, max_active_jobs=settings.max_active_jobs)
     closing = threading.Event()
     parts = PartStore(database, lease_seconds=connections.lease_seconds, part_attempts=connections.part_attempts)
     return House(
@@ -77,6 +80,7 @@ def _house(connections: Connections, settings: Settings) -> House:
         objects=open_objects(connections),
         jobs=jobs,
         parts=parts,
+        workers=WorkerStore(database, lease_seconds=connections.lease_seconds),
         dispatcher=Dispatcher(connections.broker_url),
         metrics=Metrics(jobs, parts),
         closing=closing,
@@ -88,7 +92,7 @@ def _house(connections: Connections, settings: Settings) -> House:
 async def _open(house: House) -> AsyncIterator[None]:
     if house.settings.migrate_at_start:
         await run_in_threadpool(house.database.migrate)
-    sweeper = Sweeper(house.parts, house.dispatcher, _rhythm(house.settings))
+    sweeper = _sweeper(house)
     housekeeper = _housekeeper(house)
     sweeper.start()
     housekeeper.start()
@@ -102,6 +106,15 @@ async def _open(house: House) -> AsyncIterator[None]:
         await run_in_threadpool(housekeeper.stop)
         house.dispatcher.close()
         house.database.close()
+
+
+def _sweeper(house: House) -> Sweeper:
+    placement = Placement(
+        house.database,
+        lease_seconds=house.connections.lease_seconds,
+        patience_seconds=house.settings.placement_seconds,
+    )
+    return Sweeper(house.parts, placement, house.dispatcher, _rhythm(house.settings))
 
 
 def _rhythm(settings: Settings) -> Rhythm:
@@ -121,7 +134,8 @@ def _housekeeper(house: House) -> Housekeeper:
         cache_bytes=settings.cache_bytes,
     )
     workspace = house.connections.workspace
-    return Housekeeper(house.jobs, house.parts, EndedJobs(house.database), house.objects, workspace, keeping)
+    ended = EndedJobs(house.database)
+    return Housekeeper(house.jobs, house.parts, house.workers, ended, house.objects, workspace, keeping)
 
 
 def _operation_id(route: APIRoute) -> str:

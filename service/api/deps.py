@@ -20,6 +20,7 @@ from service.stores.database import Database
 from service.stores.jobs import IdempotencyKey, JobStore
 from service.stores.objects import Objects
 from service.stores.parts import PartStore
+from service.stores.workers import WorkerStore
 from service.submit import Rooms
 
 
@@ -60,6 +61,7 @@ class House:
     objects: Objects
     jobs: JobStore
     parts: PartStore
+    workers: WorkerStore
     dispatcher: Dispatcher
     metrics: Metrics
     closing: threading.Event

@@ -138,6 +138,11 @@ class RecipeUnfit(Refusal):
     status, code, title = 422, "validation_error", "The recipe can't be carried out"
 
 
+class TooManyActiveJobs(Refusal):
+    status, code, title = 429, "too_many_active_jobs", "As many jobs as one caller may have wait or run already"
+    retryable = True
+
+
 class StoreUnavailable(Refusal):
     status, code, title = 503, "store_unavailable", "The object store or the database does not answer"
     retryable = True
@@ -209,6 +214,12 @@ class StorageFailure(Failure):
 
 class WorkerLost(Failure):
     code, blame, retryable = "worker_lost", Blame.SYSTEM, True
+
+
+class NoWorkerFits(Failure):
+    """A part needs more memory than any worker has; a retry helps once there is a larger one."""
+
+    code, blame, retryable = "no_worker_fits", Blame.SYSTEM, True
 
 
 class WorkerError(Failure):

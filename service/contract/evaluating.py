@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from service.contract.addresses import Address, Name, Prefix
 from service.contract.base import Frozen
 from service.contract.evaluation import ABOUT_ONE_TASK, RETENTIONS, Evaluation, Gate, TaskEvaluation, task_gate_fault
-from service.contract.recipe import Deadline, Digested, Metadata, Place, Seed
+from service.contract.recipe import Deadline, Digested, Metadata, Place, Priority, Seed
 from service.contract.resources import EVALUATIONS, Resource
 
 MAX_MODELS = 32
@@ -46,6 +46,7 @@ class EvaluationRecipe(Digested):
     )
     output: Place = Field(default_factory=Place)
     seed: Seed = 0
+    priority: Priority = 0
     allow_tf32: bool = Field(False, description="On NVIDIA GPUs, multiply in TF32: faster, but rougher")
     metadata: Metadata = Field(default_factory=dict)
     deadline_seconds: Deadline = None

@@ -17,7 +17,7 @@ from service.contract.roles import Parameter
 from service.contract.treatments import Keep, Projection, Role, Treatment
 
 COMPUTE_BYTES = 4  # float32
-STREAM_BYTES = 128 << 20  # spans that are read ahead, pieces that are merged, shards' ends that wait to be written
+STREAM_BYTES = 256 << 20  # spans that are read ahead, pieces that are merged, shards' ends that wait to be written
 
 ParameterOf = Callable[[TensorInfo], Parameter]
 
@@ -52,7 +52,7 @@ def make_plan(
         tied={name: parameter.tied_to for name, parameter in parameters.items() if parameter.tied_to},
         bytes_in=sum(shard.bytes_in for shard in shards) + sum(head.bytes for head in heads),
         bytes_out=sum(shard.bytes_out for shard in shards) + sum(head.bytes for head in heads),
-        peak_memory_bytes=max(_peak_memory(recipe, tensors, method) for method in _methods(recipe)),
+        peak_memory_bytes=max(peak_memory(recipe, tensors, method) for method in methods_of(recipe)),
         warnings=(*found.warnings, *warnings),
     )
 
@@ -68,7 +68,7 @@ def replanned(plan: Plan, recipe: Recipe) -> Plan:
         shard.model_copy(update={"tensors": tuple(again(tensor) for tensor in shard.tensors)}) for shard in plan.shards
     )
     tensors = [tensor for shard in shards for tensor in shard.tensors]
-    return plan.model_copy(update={"shards": shards, "peak_memory_bytes": _peak_memory(recipe, tensors, recipe.method)})
+    return plan.model_copy(update={"shards": shards, "peak_memory_bytes": peak_memory(recipe, tensors, recipe.method)})
 
 
 def pin(file: CheckpointFile) -> Pinned:
@@ -109,7 +109,7 @@ def _by_method(recipe: Recipe, name: str, role: Role, is_merged: bool) -> dict[s
 
 
 def _may_be_observed(recipe: Recipe, name: str, role: Role) -> bool:
-    methods = _methods(recipe) if recipe.search else ()
+    methods = methods_of(recipe) if recipe.search else ()
     treatments = (_treatment(recipe, method, name, role) for method in methods)
     needs = any(type(treatment).statistic != "none" for treatment in treatments)
     return needs or any(role in method.combining.observes for method in methods)
@@ -146,12 +146,12 @@ def _head(task: str, checkpoint: Checkpoint, names: Sequence[str]) -> HeadPlan:
     return HeadPlan(task=task, tensors=tuple(names), bytes=size)
 
 
-def _methods(recipe: Recipe) -> tuple[AnyMethod, ...]:
+def methods_of(recipe: Recipe) -> tuple[AnyMethod, ...]:
     """What may be merged by: the recipe's method, or those that a search may try."""
     return recipe.search.methods(recipe.method) if recipe.search else (recipe.method,)
 
 
-def _peak_memory(recipe: Recipe, tensors: Sequence[TensorPlan], method: AnyMethod) -> int:
+def peak_memory(recipe: Recipe, tensors: Sequence[TensorPlan], method: AnyMethod) -> int:
     """What one worker holds at most while it merges: its largest tensor, and what is read ahead and written behind."""
     return max((_held_bytes(recipe, tensor, method) for tensor in tensors), default=0) + STREAM_BYTES
 

@@ -98,6 +98,10 @@ class Digested(Frozen):
 
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Priority = Annotated[
+    int,
+    Field(ge=-100, le=100, description="Of your own jobs the highest goes first; it takes nothing from other callers"),
+]
 Deadline = Annotated[int | None, Field(ge=1, le=31_536_000)]
 
 
@@ -139,6 +143,7 @@ class Recipe(Digested):
     allow_tf32: bool = Field(
         False, description="On NVIDIA GPUs, multiply in TF32: faster, but with 10 bits of what float32 has 23 of"
     )
+    priority: Priority = 0
     metadata: Metadata = Field(default_factory=dict)
     deadline_seconds: Deadline = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 
 class Stage(StrEnum):
@@ -23,6 +24,11 @@ class Queue(StrEnum):
 
     LIGHT = "catmerge.light"
     HEAVY = "catmerge.heavy"
+
+    @property
+    def word(self) -> Literal["light", "heavy"]:
+        """As settings and answers say it."""
+        return "light" if self is Queue.LIGHT else "heavy"
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,14 @@ class PartMessage:
 
 @dataclass(frozen=True)
 class NewPart:
-    """A part that a plan asks for: ``weight`` is its share of the job's work in arbitrary units."""
+    """A part that a plan asks for: ``weight`` is its share of the job's work in arbitrary units.
+
+    ``peak_bytes`` is the memory that it is predicted to need; 0 where it makes do with what there is.
+    """
 
     stage: Stage
     part: int
     name: str
     weight: float
     tensors_total: int = 0
+    peak_bytes: int = 0

@@ -18,16 +18,18 @@ from service.contract.errors import (
     JobNotTerminal,
     NotFound,
     OutputExists,
+    TooManyActiveJobs,
 )
 from service.contract.job import Event, Job, Mark, Status
 from service.contract.resources import MERGES, Resource, resource_named
-from service.contract.stages import NewPart, PartMessage, Stage
+from service.contract.stages import STAGES, NewPart, PartMessage, Stage
 from service.stores.database import Database, now
 from service.stores.parts import ask_for, ready_messages, reopen, withdraw
 from service.stores.records import ACTIVE, event_of, is_committing, lock_job, overlaps, record, views
 from service.stores.schema import events, idempotency_keys, jobs, labels, parts
 
 MARKS_AT_ONCE = 1000  # SQLite takes no more than 32,766 parameters
+FULL_RETRY_SECONDS = 10
 FIRST_PART = NewPart(Stage.PLAN, 0, "plan", weight=1.0)
 
 
@@ -76,8 +78,9 @@ class Listing:
 class JobStore:
     """What callers may do with jobs; each method is one transaction."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, max_active_jobs: int | None = None) -> None:
         self._database = database
+        self._max_active_jobs = max_active_jobs
 
     def submit(
         self, submission: Submission, key: IdempotencyKey | None, answer: Callable[[Job], KeptAnswer]
@@ -87,6 +90,7 @@ class JobStore:
         Raises:
             OutputExists: another job that is not finished writes to the same place, above it or below it.
             IdempotencyKeyReused: the key was used with another body.
+            TooManyActiveJobs: the caller has as many as it may have.
         """
         with self._database.write() as connection:
             # Ids are given out and committed in one order, so that no list ever skips a job that commits late.
@@ -94,6 +98,7 @@ class JobStore:
             kept = _kept(connection, key)
             if kept is not None:
                 return kept
+            self._refuse_full(connection, submission.caller)
             job_id = _next_id(connection, submission.recipe.resource)
             prefix = submission.prefix(job_id)
             _refuse_taken(connection, prefix, except_job=job_id)
@@ -104,6 +109,22 @@ class JobStore:
             if key is not None:
                 _keep(connection, key, answer(job))
             return job
+
+    def expect_room(self, caller: str) -> None:
+        """Raises TooManyActiveJobs where one more job would be refused now."""
+        with self._database.read() as connection:
+            self._refuse_full(connection, caller)
+
+    def _refuse_full(self, connection: Connection, caller: str) -> None:
+        if self._max_active_jobs is None:
+            return
+        active = select(func.count()).where(jobs.c.caller == caller, jobs.c.status.in_(ACTIVE))
+        count = connection.execute(active).scalar_one()
+        if count >= self._max_active_jobs:
+            raise TooManyActiveJobs(
+                f"{count} of your jobs wait or run, and {self._max_active_jobs} may: wait for one, or cancel it.",
+                retry_after_seconds=FULL_RETRY_SECONDS,
+            )
 
     def replay(self, key: IdempotencyKey) -> KeptAnswer | None:
         """The answer kept for ``key``, if there is one. Raises IdempotencyKeyReused."""
@@ -143,7 +164,7 @@ class JobStore:
             changes = row.status in ACTIVE and not is_committing(connection, job_id)
             if changes:
                 withdraw(connection, job_id)
-                ended = {"status": Status.CANCELLED.value, "finished_at": now()}
+                ended = {"status": Status.CANCELLED.value, "finished_at": now(), "queue": None}
                 record(connection, job_id, "job.cancelled", {"by": caller}, **ended)
             return _one_view(connection, job_id), row.status in ACTIVE
 
@@ -158,6 +179,7 @@ class JobStore:
             row = _own(lock_job(connection, job_id), caller, job_id)
             if not Status(row.status).is_retryable:
                 raise JobNotRetryable(f"Job {job_id} is {row.status}; only a failed or cancelled job can be retried.")
+            self._refuse_full(connection, caller)
             _refuse_taken(connection, row.prefix, except_job=job_id)
             over_inputs = row.error is not None and row.error["blame"] == Blame.USER
             if over_inputs or _overtaken(connection, row.id, row.prefix, row.queued_at) is not None:
@@ -308,6 +330,8 @@ def _new_row(job_id: str, prefix: str, submission: Submission) -> dict[str, Any]
         "warnings": list(submission.warnings),
         "created_at": now(),
         "queued_at": now(),
+        "priority": recipe.priority,
+        **_turn(FIRST_PART.stage),
         "deadline_at": None if recipe.deadline_seconds is None else now() + recipe.deadline_seconds,
         "expires_at": None if expires is None else now() + expires,
     }
@@ -324,7 +348,13 @@ def _reopened(row: Row[Any], stage: Stage | None) -> dict[str, Any]:
         "tidied_at": None,
         "queued_at": now(),
         "deadline_at": None if seconds is None else now() + seconds,
+        **_turn(stage or FIRST_PART.stage),
     }
+
+
+def _turn(stage: Stage) -> dict[str, Any]:
+    """A job that has just been queued, for this stage."""
+    return {"queue": STAGES[stage].queue.value, "given": 0, "turn_at": now(), "stuck_since": None}
 
 
 def _listed(listing: Listing, is_sqlite: bool) -> Select[Any]:

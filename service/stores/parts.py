@@ -12,16 +12,20 @@ from sqlalchemy import Connection, Row, delete, func, or_, select, update
 from sqlalchemy import case as sql_case
 
 from service.contract.asked import stored_recipe
-from service.contract.errors import DeadlineExceeded, Failure, Stopped, WorkerLost
+from service.contract.errors import DeadlineExceeded, Failure, Stopped
 from service.contract.job import FailureRecord, Status
 from service.contract.parts import Claim, Counters, Done, SoFar
 from service.contract.stages import ORDER, STAGES, NewPart, PartMessage, Queue, Stage
+from service.stores.claiming import next_job, next_part, note_turn
 from service.stores.database import Database, now
+from service.stores.losing import LETHAL, lost, was_silent
 from service.stores.records import ACTIVE, is_committing, lock_job, record, touch
 from service.stores.schema import idempotency_keys, jobs, leaders, parts
+from service.stores.workers import at_work, serving
 
 BACKOFF_SECONDS = 2.0
 BACKOFF_LIMIT_SECONDS = 60.0
+MAX_BYTES = (1 << 63) - 1
 OPEN = {"ready": "queued", "claimed": "running"}  # states of parts that there is work for, and their names in metrics
 SO_FAR = "so_far"  # in the output of a part that is not done yet
 RESEND_WINDOW = 64  # parts of each queue that are sent again where their messages may be lost
@@ -36,30 +40,61 @@ class PartStore:
         self._part_attempts = part_attempts
 
     def claim(self, message: PartMessage, owner: str) -> Claim | None:
-        """Take a part that is ready. None where it is claimed, done, withdrawn or unknown: the message was late."""
+        """Take a part that is ready. None where it is claimed, done, withdrawn or unknown."""
         with self._database.write() as connection:
             job = lock_job(connection, message.job_id)
-            if job is None or job.status not in ACTIVE:
-                return None
-            token = secrets.token_hex(16)
-            row = connection.execute(
-                update(parts)
-                .where(*_is(message), parts.c.state == "ready")
-                .values(
-                    state="claimed",
-                    claim=token,
-                    owner=owner,
-                    lease_until=now() + self._lease_seconds,
-                    attempt=parts.c.attempt + 1,
-                    tries=parts.c.tries + 1,
-                )
-                .returning(parts)
-            ).one_or_none()
-            if row is None:
-                return None
-            self._note_start(connection, job, message.stage)
-            recipe = stored_recipe(job.recipe)
-            return Claim(job.id, message.stage, row.part, row.name, token, row.attempt, recipe, job.prefix)
+            return None if job is None else self._take(connection, job, message, owner)
+
+    def claim_next(self, queues: Sequence[Queue], owner: str, usable_bytes: int = MAX_BYTES) -> Claim | None:
+        """Take the part whose turn it is in the first of these queues that has one; None where there is none.
+
+        Parts that are predicted to need more than ``usable_bytes`` of memory are left to others.
+
+        Jobs that others have locked are passed over first, and waited for where there is nothing else: a worker that
+        finds nothing goes to sleep, and must have looked at everything.
+        """
+        for queue in queues:
+            claim = self._claim_of(queue, owner, usable_bytes)
+            if claim is not None:
+                return claim
+        return None
+
+    def _claim_of(self, queue: Queue, owner: str, usable_bytes: int) -> Claim | None:
+        patient = self._database.is_sqlite  # which lets in one writer at a time
+        while True:
+            with self._database.write() as connection:
+                job = next_job(connection, queue, usable_bytes, patient=patient)
+                if job is None and patient:
+                    return None
+                part = None if job is None else next_part(connection, job.id, usable_bytes)
+                if job is not None and part is not None:
+                    return self._take(connection, job, PartMessage(Stage(part.stage), job.id, part.part), owner)
+            patient = True
+
+    def _take(self, connection: Connection, job: Row[Any], message: PartMessage, owner: str) -> Claim | None:
+        """Claim a part of a locked job."""
+        if job.status not in ACTIVE:
+            return None
+        token = secrets.token_hex(16)
+        row = connection.execute(
+            update(parts)
+            .where(*_is(message), parts.c.state == "ready")
+            .values(
+                state="claimed",
+                claim=token,
+                owner=owner,
+                lease_until=now() + self._lease_seconds,
+                attempt=parts.c.attempt + 1,
+                tries=parts.c.tries + 1,
+            )
+            .returning(parts)
+        ).one_or_none()
+        if row is None:
+            return None
+        note_turn(connection, job.id)
+        self._note_start(connection, job, message.stage)
+        recipe = stored_recipe(job.recipe)
+        return Claim(job.id, message.stage, row.part, row.name, token, row.attempt, recipe, job.prefix)
 
     def _note_start(self, connection: Connection, job: Row[Any], stage: Stage) -> None:
         if job.status == Status.QUEUED:
@@ -197,18 +232,26 @@ class PartStore:
     def due(self, resend_after_seconds: float, limit: int) -> list[PartMessage]:
         """Parts that are ready and were never sent, or so long ago that their message may be lost. Marks them sent.
 
-        Of those that wait in a long queue only the first few of each queue are sent again: their turn comes next, and
-        ringing for all of them over and over would fill the broker.
+        Of those that wait in a long queue only the first few of each queue are sent again, as many as there are workers
+        with nothing to do: those at work look for more by themselves, and ringing for all over and over would fill the
+        broker.
         """
         with self._database.write() as connection:
             messages = _ready(connection, parts.c.sent_at.is_(None), limit=limit)
             late = now() - resend_after_seconds
             for queue in Queue:
                 stages = [stage.value for stage, row in STAGES.items() if row.queue is queue]
-                first = _ready(connection, parts.c.stage.in_(stages), limit=RESEND_WINDOW)
+                limit = min(self._idle(connection, queue), RESEND_WINDOW)
+                first = _ready(connection, parts.c.stage.in_(stages), limit=limit)
                 messages += [message for message in first if _is_late(connection, message, late)]
             _mark_sent(connection, messages)
             return messages
+
+    def _idle(self, connection: Connection, queue: Queue) -> int:
+        """Workers of a queue with nothing to do; where none is known, there may be some of an earlier version."""
+        known = serving(connection, queue, self._lease_seconds)
+        doing = at_work(connection)
+        return sum(worker.id not in doing for worker in known) if known else RESEND_WINDOW
 
     def mark_sent(self, messages: Sequence[PartMessage]) -> None:
         """Note that these parts were rung for, so that the sweeper leaves them be for a while."""
@@ -236,13 +279,31 @@ class PartStore:
             row = connection.execute(select(parts).where(*still)).one_or_none()
             if row is None:
                 return False
-            lost = WorkerLost(
-                f"The worker {row.owner} doing {row.name!r} ({row.stage}) was not heard from for "
-                f"{self._lease_seconds:g} s. If the machine killed it, it likely ran out of memory: see the plan's "
-                "peak_memory_bytes."
-            )
-            self._retry_or_fail(connection, row, lost)
+            self._lose(connection, row, was_silent(self._lease_seconds))
             return True
+
+    def report_lost(self, owner: str, how: str) -> int:
+        """A worker is known to be dead: its part is made ready again, or fails, without waiting for the lease."""
+        with self._database.read() as connection:
+            held = connection.execute(select(parts).where(parts.c.state == "claimed", parts.c.owner == owner)).all()
+        return sum(self._report(row, how) for row in held)
+
+    def _report(self, held: Row[Any], how: str) -> bool:
+        with self._database.write() as connection:
+            lock_job(connection, held.job_id)
+            still = (parts.c.claim == held.claim, parts.c.state == "claimed")
+            row = connection.execute(select(parts).where(*still)).one_or_none()
+            if row is not None:
+                self._lose(connection, row, how)
+            return row is not None
+
+    def _lose(self, connection: Connection, row: Row[Any], how: str) -> None:
+        if row.deaths + 1 >= LETHAL:
+            fail_job(connection, row.job_id, lost(row, how))
+            return
+        of_this_part = (parts.c.job_id == row.job_id, parts.c.stage == row.stage, parts.c.part == row.part)
+        connection.execute(update(parts).where(*of_this_part).values(deaths=row.deaths + 1))
+        self._retry_or_fail(connection, row, lost(row, how))
 
     def end_overdue(self) -> list[str]:
         """Fail the jobs whose deadline has passed; returns their ids."""
@@ -287,7 +348,8 @@ def fail_job(connection: Connection, job_id: str, failure: Failure) -> None:
     """End a job over ``failure``; its open parts are withdrawn."""
     error = FailureRecord.of(failure).model_dump(mode="json")
     withdraw(connection, job_id)
-    record(connection, job_id, "job.failed", error, status=Status.FAILED.value, finished_at=now(), error=error)
+    ended = {"status": Status.FAILED.value, "finished_at": now(), "queue": None}
+    record(connection, job_id, "job.failed", error, **ended, error=error)
 
 
 def withdraw(connection: Connection, job_id: str) -> None:
@@ -315,6 +377,8 @@ def ask_for(connection: Connection, job_id: str, new: Sequence[NewPart], *, read
             "not_before": 0.0,
             "tensors_done": 0,
             "tensors_total": part.tensors_total,
+            "peak_bytes": part.peak_bytes,
+            "deaths": 0,
             "bytes_read": 0,
             "bytes_written": 0,
         }
@@ -329,7 +393,7 @@ def reopen(connection: Connection, job_id: str) -> Stage | None:
     connection.execute(
         update(parts)
         .where(parts.c.job_id == job_id, parts.c.state != "done")
-        .values(**_unclaimed(), tries=0, not_before=0.0)
+        .values(**_unclaimed(), tries=0, deaths=0, not_before=0.0)
         .values(state="waiting")
     )
     return _open_next_stage(connection, job_id)
@@ -355,6 +419,7 @@ def _open_next_stage(connection: Connection, job_id: str) -> Stage | None:
             .where(parts.c.job_id == job_id, parts.c.stage == upcoming.value, parts.c.state == "waiting")
             .values(state="ready", sent_at=None)
         )
+        connection.execute(update(jobs).where(jobs.c.id == job_id).values(queue=STAGES[upcoming].queue.value))
     return upcoming
 
 
@@ -380,6 +445,7 @@ def _end(connection: Connection, job_id: str, done: Done) -> None:
         {"status": status.value},
         status=status.value,
         finished_at=now(),
+        queue=None,
         result=dict(done.result or {}),
     )
 

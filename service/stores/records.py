@@ -11,6 +11,7 @@ from sqlalchemy import case as sql_case
 from service.contract.asked import stored_recipe
 from service.contract.job import Event, FailureRecord, Job, Progress, Status
 from service.contract.stages import Stage
+from service.stores.claiming import queue_positions
 from service.stores.database import now
 from service.stores.schema import events, jobs, parts
 
@@ -87,7 +88,7 @@ def event_of(row: Row[Any]) -> Event:
 def views(connection: Connection, rows: Sequence[Row[Any]]) -> list[Job]:
     """Rows of ``jobs`` with what is counted from their parts and from the queue."""
     progress = _progress(connection, rows)
-    positions = _queue_positions(connection, rows)
+    positions = queue_positions(connection, rows)
     return [job_of(row, progress[row.id], positions.get(row.id)) for row in rows]
 
 
@@ -135,18 +136,3 @@ def _progress_of(job: Row[Any], counted: Row[Any] | None, clock: float) -> Progr
         eta_seconds=round(elapsed * (1 - fraction) / fraction, 1) if elapsed and fraction > 0.02 else None,
         current=counted.current if job.status == Status.RUNNING else None,
     )
-
-
-def _queue_positions(connection: Connection, rows: Sequence[Row[Any]]) -> dict[str, int]:
-    """How many queued jobs are ahead, plus one, for the queued jobs among ``rows``."""
-    queued = [row.id for row in rows if row.status == Status.QUEUED]
-    if not queued:
-        return {}
-    ahead = jobs.alias()
-    counts = connection.execute(
-        select(jobs.c.id, func.count(ahead.c.id))
-        .join(ahead, and_(ahead.c.status == Status.QUEUED.value, ahead.c.queued_at <= jobs.c.queued_at))
-        .where(jobs.c.id.in_(queued))
-        .group_by(jobs.c.id)
-    )
-    return dict(counts.all())

@@ -54,12 +54,21 @@ jobs = Table(
     Column("deadline_at", Double),
     Column("expires_at", Double),
     Column("tidied_at", Double),  # when what its workers may have left half written was cleared away
+    # Whose turn it is: see claiming.py.
+    Column("queue", String(32)),  # of the stage whose parts may be claimed; none where the job has ended
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("given", Integer, nullable=False, server_default="0"),  # parts claimed since the job was queued
+    Column("turn_at", Double, nullable=False, server_default="0"),  # since when it waits for its turn
+    Column("served_at", Double),  # when a part of it was last claimed
+    Column("stuck_since", Double),  # since when no worker has the memory for its parts
     Index(None, "caller", "id"),
     Index(None, "status", "id"),
     Index(None, "prefix"),
     Index(None, "tidied_at", "finished_at"),
     Index(None, "expires_at"),
+    Index(None, "caller", "served_at"),
 )
+Index("ix_jobs_turns", jobs.c.queue, jobs.c.caller, jobs.c.priority.desc(), jobs.c.turn_at, jobs.c.id)
 
 # On PostgreSQL the jobs with a label are found by index; SQLite looks at each.
 labels = cast(jobs.c.metadata, JSONB)
@@ -89,7 +98,10 @@ parts = Table(
     Column("bytes_read", BigInteger, nullable=False),
     Column("bytes_written", BigInteger, nullable=False),
     Column("output", JSON(none_as_null=True)),
+    Column("peak_bytes", BigInteger, nullable=False, server_default="0"),  # the memory that it will need
+    Column("deaths", Integer, nullable=False, server_default="0"),  # workers it has cost since the job's last retry
     Index(None, "state", "not_before"),
+    Index(None, "job_id", "state", "part"),
 )
 
 trials = Table(  # of a job's search; gone with the parts that made them, as when a job is planned again
@@ -131,6 +143,23 @@ idempotency_keys = Table(
     Column("body", JSON, nullable=False),
     Column("created_at", Double, nullable=False),
     Index(None, "created_at"),
+)
+
+workers = Table(  # a row for each process that does parts
+    "workers",
+    metadata,
+    Column("id", String(255), primary_key=True),
+    Column("host", String(255), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("device", String(64), nullable=False),
+    Column("memory_bytes", BigInteger, nullable=False),
+    Column("usable_bytes", BigInteger, nullable=False),
+    Column("processes", Integer, nullable=False),
+    Column("queues", JSON, nullable=False),
+    Column("version", String(64), nullable=False),
+    Column("engine", String(64), nullable=False),
+    Column("started_at", Double, nullable=False),
+    Column("seen_at", Double, nullable=False),
 )
 
 leaders = Table(

@@ -26,6 +26,7 @@ from service.stores.jobs import JobStore, Listing
 from service.stores.objects import Objects, ObjectWriter, open_objects
 from service.stores.parts import PartStore
 from service.stores.schema import jobs as job_table
+from service.stores.workers import WorkerStore
 from tests.servers import S3Server, s3_server
 from tests.service.jobs_by_hand import claim, plan, submit
 
@@ -54,7 +55,8 @@ class House:
     def clear_up(self, **keeping: Any) -> None:
         ended = EndedJobs(self.database)
         kept = replace(AT_ONCE, **keeping)
-        Housekeeper(self.jobs, self.parts, ended, self.objects, WORKSPACE, kept).clear_up()
+        workers = WorkerStore(self.database, lease_seconds=60)
+        Housekeeper(self.jobs, self.parts, workers, ended, self.objects, WORKSPACE, kept).clear_up()
 
     def submit(self, prefix: str = PLACE) -> Job:
         return submit(self.jobs, prefix=prefix)

@@ -15,7 +15,7 @@ from service.contract.errors import BadTensor, Stopped, StorageFailure
 from service.contract.job import Job, Status
 from service.contract.parts import Counters, Done
 from service.contract.settings import Connections
-from service.contract.stages import NewPart, PartMessage, Stage
+from service.contract.stages import NewPart, PartMessage, Queue, Stage
 from service.stores.database import Database
 from service.stores.jobs import JobStore
 from service.stores.objects import open_objects
@@ -51,8 +51,8 @@ class Workshop:
     def submit(self) -> str:
         return submit(self.jobs).id
 
-    def run(self, job_id: str, stage: Stage = Stage.PLAN, part: int = 0) -> None:
-        self.runner.run(PartMessage(stage, job_id, part))
+    def run_next(self) -> bool:
+        return self.runner.run_next()
 
     def job(self, job_id: str) -> Job:
         return self.jobs.get("anonymous", job_id)
@@ -107,7 +107,7 @@ def waits_for_stop(work: Work) -> Done:
 
 def test_a_part_done_rings_for_the_next_and_the_last_ends_the_job(workshop: Workshop) -> None:
     job_id = workshop.submit()
-    workshop.run(job_id)
+    workshop.run_next()
     assert workshop.rung == [PartMessage(Stage.MERGE, job_id, 0)]
 
     def merge(work: Work) -> Done:
@@ -115,12 +115,12 @@ def test_a_part_done_rings_for_the_next_and_the_last_ends_the_job(workshop: Work
         return Done(output={"files": []}, warnings=("careful",))
 
     workshop.stages[Stage.MERGE] = merge
-    workshop.run(job_id, Stage.MERGE)
+    workshop.run_next()
     assert workshop.rung[-1] == PartMessage(Stage.FINALIZE, job_id, 0)
     workshop.stages[Stage.FINALIZE] = lambda work: Done(
         status=Status.SUCCEEDED, result={"outputs": work.outputs(Stage.MERGE), "read": work.so_far().bytes_read}
     )
-    workshop.run(job_id, Stage.FINALIZE)
+    workshop.run_next()
     job = workshop.job(job_id)
     assert (job.status, job.result, job.warnings) == (
         Status.SUCCEEDED,
@@ -130,30 +130,68 @@ def test_a_part_done_rings_for_the_next_and_the_last_ends_the_job(workshop: Work
     assert job.progress.tensors_done == 2
 
 
-def test_a_message_that_comes_twice_is_dropped(workshop: Workshop) -> None:
+def test_a_message_makes_the_worker_do_all_there_is(workshop: Workshop) -> None:
+    first, second = workshop.submit(), workshop.submit()
+    workshop.stages[Stage.MERGE] = lambda _: Done()
+    workshop.stages[Stage.FINALIZE] = lambda _: Done(status=Status.SUCCEEDED, result={})
+    workshop.runner.run(PartMessage(Stage.PLAN, "mrg_00000000000000000000000000000000", 0))
+    for job_id in (first, second):
+        assert workshop.job(job_id).status is Status.SUCCEEDED
+        assert workshop.events(job_id).count("part.done") == 3
+
+
+def test_a_message_that_comes_twice_does_nothing_more(workshop: Workshop) -> None:
     job_id = workshop.submit()
+    workshop.stages[Stage.PLAN] = lambda _: Done(status=Status.SUCCEEDED, result={})
     for _ in range(3):
-        workshop.run(job_id)
+        workshop.runner.run(PartMessage(Stage.PLAN, job_id, 0))
     assert workshop.events(job_id).count("part.done") == 1
-    assert len(workshop.rung) == 1
 
 
-def test_a_message_about_nothing_is_dropped(workshop: Workshop) -> None:
-    workshop.run("mrg_00000000000000000000000000000000")
+def test_where_nothing_is_ready_nothing_is_done(workshop: Workshop) -> None:
+    assert not workshop.run_next()
+    workshop.submit()
+    assert workshop.run_next()
+    workshop.stages[Stage.MERGE] = lambda _: Done()
+    assert workshop.run_next()
+
+
+def test_the_queues_take_turns(workshop: Workshop) -> None:
+    """Ten plans do not keep a merge waiting, nor ten shards a plan."""
+    done: list[Stage] = []
+    shards = tuple(NewPart(Stage.MERGE, index, f"shard {index}", weight=1.0) for index in range(10))
+
+    def notes(work: Work) -> Done:
+        done.append(work.claim.stage)
+        return Done(parts=(*shards, FINALIZE) if work.claim.stage is Stage.PLAN else ())
+
+    workshop.stages |= {Stage.PLAN: notes, Stage.MERGE: notes}
+    for _ in range(10):
+        workshop.submit()
+    for _ in range(8):
+        workshop.run_next()
+    assert done == [Stage.PLAN, Stage.MERGE] * 4
+
+
+def test_a_worker_takes_parts_of_its_own_queues_only(workshop: Workshop) -> None:
+    light = Runner(
+        workshop.connections, workshop.stages, workshop.rung.extend, lambda: False, "cpu", None, (Queue.LIGHT,)
+    )
     job_id = workshop.submit()
-    workshop.run(job_id, Stage.MERGE)  # not planned yet
-    assert workshop.job(job_id).status is Status.QUEUED
+    assert light.run_next()
+    assert not light.run_next()
+    assert workshop.part(job_id, Stage.MERGE)["state"] == "ready"
 
 
 def test_what_may_pass_is_tried_again_and_fails_in_the_end(workshop: Workshop) -> None:
     workshop.stages[Stage.PLAN] = fails(StorageFailure("the store is away"))
     job_id = workshop.submit()
-    workshop.run(job_id)
+    workshop.run_next()
     assert workshop.job(job_id).status is Status.RUNNING
     assert workshop.events(job_id)[-1] == "part.retried"
     assert workshop.part(job_id)["state"] == "ready"
     workshop.let_retry()
-    workshop.run(job_id)
+    workshop.run_next()
     job = workshop.job(job_id)
     assert job.status is Status.FAILED
     assert job.error is not None
@@ -165,17 +203,17 @@ def test_what_may_pass_and_passes(workshop: Workshop) -> None:
     succeeding = workshop.stages[Stage.PLAN]
     job_id = workshop.submit()
     workshop.stages[Stage.PLAN] = failing
-    workshop.run(job_id)
+    workshop.run_next()
     workshop.stages[Stage.PLAN] = succeeding
     workshop.let_retry()
-    workshop.run(job_id)
+    workshop.run_next()
     assert workshop.rung == [PartMessage(Stage.MERGE, job_id, 0)]
 
 
 def test_what_can_not_pass_fails_at_once(workshop: Workshop) -> None:
     workshop.stages[Stage.PLAN] = fails(BadTensor("NaN in 'w'", tensor="w"))
     job_id = workshop.submit()
-    workshop.run(job_id)
+    workshop.run_next()
     job = workshop.job(job_id)
     assert job.status is Status.FAILED
     assert job.error is not None
@@ -186,7 +224,7 @@ def test_a_fault_of_ours_is_told_and_tried_again(workshop: Workshop) -> None:
     workshop.stages[Stage.PLAN] = fails(KeyError("oops"))
     job_id = workshop.submit()
     for _ in range(2):
-        workshop.run(job_id)
+        workshop.run_next()
         workshop.let_retry()
     job = workshop.job(job_id)
     assert job.error is not None
@@ -197,9 +235,10 @@ def test_a_fault_of_ours_is_told_and_tried_again(workshop: Workshop) -> None:
 def test_a_worker_that_is_leaving_takes_nothing(workshop: Workshop) -> None:
     job_id = workshop.submit()
     workshop.leaving = True
-    workshop.run(job_id)
+    message = PartMessage(Stage.PLAN, job_id, 0)
+    workshop.runner.run(message)
     assert workshop.job(job_id).status is Status.QUEUED
-    assert workshop.rung == [PartMessage(Stage.PLAN, job_id, 0)], "another is rung for"
+    assert workshop.rung == [message], "it is passed on to whoever stays"
 
 
 def test_a_worker_that_is_asked_to_leave_gives_its_part_back(workshop: Workshop) -> None:
@@ -209,13 +248,13 @@ def test_a_worker_that_is_asked_to_leave_gives_its_part_back(workshop: Workshop)
 
     succeeding, workshop.stages[Stage.PLAN] = workshop.stages[Stage.PLAN], leaves
     job_id = workshop.submit()
-    workshop.run(job_id)
+    workshop.run_next()
     part = workshop.part(job_id)
     assert (part["state"], part["tries"], part["claim"]) == ("ready", 0, None)
     assert workshop.rung == [PartMessage(Stage.PLAN, job_id, 0)]
     workshop.leaving = False
     workshop.stages[Stage.PLAN] = succeeding
-    workshop.run(job_id)
+    workshop.run_next()
     assert workshop.rung[-1] == PartMessage(Stage.MERGE, job_id, 0)
 
 
@@ -226,7 +265,7 @@ def test_a_cancelled_part_is_left(workshop: Workshop) -> None:
 
     workshop.stages[Stage.PLAN] = cancelled
     job_id = workshop.submit()
-    workshop.run(job_id)
+    workshop.run_next()
     assert workshop.job(job_id).status is Status.CANCELLED
     assert workshop.part(job_id)["state"] == "cancelled"
     assert workshop.rung == []
@@ -239,7 +278,7 @@ def test_a_part_that_ends_after_its_job_was_cancelled_counts_for_nothing(worksho
 
     workshop.stages[Stage.PLAN] = late
     job_id = workshop.submit()
-    workshop.run(job_id)
+    workshop.run_next()
     assert workshop.job(job_id).status is Status.CANCELLED
     assert workshop.job(job_id).result is None
 
@@ -256,7 +295,7 @@ def test_a_part_that_was_taken_over_meanwhile_counts_once(workshop: Workshop) ->
 
     workshop.stages[Stage.PLAN] = taken_over
     job_id = workshop.submit()
-    workshop.run(job_id)
+    workshop.run_next()
     assert workshop.rung == []
     assert workshop.events(job_id).count("part.done") == 1
 
@@ -269,7 +308,7 @@ def test_a_failure_after_being_taken_over_fails_nothing(workshop: Workshop) -> N
 
     workshop.stages[Stage.PLAN] = taken_over
     job_id = workshop.submit()
-    workshop.run(job_id)
+    workshop.run_next()
     assert workshop.job(job_id).status is Status.RUNNING
 
 
@@ -284,7 +323,7 @@ def commits(workshop: Workshop, before: Callable[[str], None], after: Callable[[
 
     workshop.stages[Stage.PLAN] = run
     job_id = workshop.submit()
-    workshop.run(job_id)
+    workshop.run_next()
     return job_id
 
 
@@ -331,7 +370,7 @@ def test_what_a_failed_job_wrote_is_taken_away(workshop: Workshop) -> None:
 
     workshop.stages[Stage.PLAN] = fails_late
     job_id = workshop.submit()
-    workshop.run(job_id)
+    workshop.run_next()
     assert workshop.job(job_id).status is Status.FAILED
     assert list(objects.list(artifacts.scratch(workshop.connections.workspace, job_id))) == []
 
@@ -353,13 +392,13 @@ def test_scratch_goes_once_the_database_knows_of_the_end(workshop: Workshop) -> 
         assert workshop.parts.take_back_expired() == 1
         return Done(status=Status.SUCCEEDED, result={})
 
-    job_id = workshop.submit()
+    workshop.submit()
     workshop.stages[Stage.PLAN] = killed
-    workshop.run(job_id)
+    workshop.run_next()
     assert len(list(objects.list(scratch))) == 1, "whoever takes over needs it"
     workshop.let_retry()
     workshop.stages[Stage.PLAN] = ends
-    workshop.run(job_id)
+    workshop.run_next()
     assert (seen, list(objects.list(scratch))) == ([1, 1], [])
 
 

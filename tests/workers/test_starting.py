@@ -31,7 +31,15 @@ def test_a_child_that_cannot_start_ends_the_worker(tmp_path: Path) -> None:
     assert "CATMERGE_DEVICE is 'nonsense'" in ended.stderr
 
 
-@pytest.mark.parametrize(("name", "text"), [("CATMERGE_WORKER_PROCESSES", "none"), ("CATMERGE_LEASE_SECONDS", "soon")])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("CATMERGE_WORKER_PROCESSES", "none"),
+        ("CATMERGE_WORKER_QUEUES", "light,dark"),
+        ("CATMERGE_WORKER_MEMORY_BYTES", "much"),
+        ("CATMERGE_LEASE_SECONDS", "soon"),
+    ],
+)
 def test_a_setting_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str) -> None:
     ended = run_worker(tmp_path, **{name: text})
     assert ended.returncode == 2

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from service.contract import artifacts
+from service.contract import artifacts, peaks
 from service.contract.adapter import on_base
 from service.contract.checkpoint import Checkpoint, CheckpointFile
 from service.contract.errors import BadInput, OutputTaken
@@ -144,29 +144,30 @@ def _parts(recipe: Recipe, plan: Plan) -> Iterator[NewPart]:
             yield NewPart(Stage.CALIBRATE, index, task.name, CALIBRATE_WEIGHT)
     merge_weight = 2.0 * len(recipe.tasks) / max(plan.bytes_in, 1)
     if recipe.search is not None:
-        trial_weight = merge_weight * plan.bytes_in + EVALUATE_WEIGHT * len(recipe.tasks)
+        weight = merge_weight * plan.bytes_in + EVALUATE_WEIGHT * len(recipe.tasks)
         for index in range(recipe.search.count(recipe.method)):
-            yield NewPart(Stage.SEARCH, index, f"trial/{index + 1}", trial_weight)
+            yield NewPart(Stage.SEARCH, index, f"trial/{index + 1}", weight, peak_bytes=peaks.of_trial(plan))
     stage = Stage.ANALYZE if recipe.mode == "analysis" else Stage.MERGE
     for index, shard in enumerate(plan.shards):
-        yield NewPart(stage, index, shard.file, merge_weight * shard.bytes_in, len(shard.tensors))
+        peak = peaks.of_shard(recipe, shard)
+        yield NewPart(stage, index, shard.file, merge_weight * shard.bytes_in, len(shard.tensors), peak)
     if recipe.evaluation is not None:
-        yield from _baseline_parts(recipe.evaluation, plan, merge_weight)
-        yield from _evaluation_parts(recipe.evaluation)
+        yield from _baseline_parts(recipe, recipe.evaluation, plan, merge_weight)
+        yield from _evaluation_parts(recipe.evaluation, plan)
     yield NewPart(Stage.FINALIZE, 0, "finalize", FINALIZE_WEIGHT)
 
 
-def _baseline_parts(evaluation: Evaluation, plan: Plan, merge_weight: float) -> Iterator[NewPart]:
+def _baseline_parts(recipe: Recipe, evaluation: Evaluation, plan: Plan, merge_weight: float) -> Iterator[NewPart]:
     """Every shard once more for each baseline, after those of the result."""
     every = [(name, shard) for name in evaluation.baselines for shard in plan.shards]
     for index, (name, shard) in enumerate(every, len(plan.shards)):
-        yield NewPart(
-            Stage.MERGE, index, f"{name}/{shard.file}", merge_weight * shard.bytes_in, tensors_total=len(shard.tensors)
-        )
+        weight, peak = merge_weight * shard.bytes_in, peaks.of_baseline(recipe, shard, name)
+        yield NewPart(Stage.MERGE, index, f"{name}/{shard.file}", weight, len(shard.tensors), peak)
 
 
-def _evaluation_parts(evaluation: Evaluation) -> Iterator[NewPart]:
+def _evaluation_parts(evaluation: Evaluation, plan: Plan) -> Iterator[NewPart]:
     """One for each model on each task, and one that looks at speed."""
+    peak = peaks.of_model(plan)
     for index, (row, model) in enumerate(evaluation.parts):
-        yield NewPart(Stage.EVALUATE, index, f"{row.task}/{model}", EVALUATE_WEIGHT)
-    yield NewPart(Stage.EVALUATE, len(evaluation.parts), SPEED, EVALUATE_WEIGHT)
+        yield NewPart(Stage.EVALUATE, index, f"{row.task}/{model}", EVALUATE_WEIGHT, peak_bytes=peak)
+    yield NewPart(Stage.EVALUATE, len(evaluation.parts), SPEED, EVALUATE_WEIGHT, peak_bytes=peaks.of_speed(plan))

@@ -13,6 +13,7 @@ from service.contract.evaluation_plan import evaluation_plan, evaluation_samples
 from service.contract.heads import own_head_faults
 from service.contract.labeled import model_faults
 from service.contract.parts import Done
+from service.contract.plan import Plan
 from service.contract.stages import NewPart, Stage
 from service.stores.heads import find_heads, lacking, read_whole, with_head
 from service.stores.objects import failures
@@ -47,12 +48,12 @@ def run(work: Work) -> Done:
     clear(work)
     write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
     write(work, artifacts.PLAN, plan.model_dump_json())
-    return Done(warnings=plan.warnings, parts=tuple(_parts(recipe)))
+    return Done(warnings=plan.warnings, parts=tuple(_parts(recipe, plan)))
 
 
-def _parts(recipe: EvaluationRecipe) -> Iterator[NewPart]:
+def _parts(recipe: EvaluationRecipe, plan: Plan) -> Iterator[NewPart]:
     for index, (row, model) in enumerate(recipe.parts):
-        yield NewPart(Stage.EVALUATE, index, _named(row, model), EVALUATE_WEIGHT)
+        yield NewPart(Stage.EVALUATE, index, _named(row, model), EVALUATE_WEIGHT, peak_bytes=plan.peak_memory_bytes)
     yield NewPart(Stage.FINALIZE, 0, "finalize", FINALIZE_WEIGHT)
 
 

@@ -42,6 +42,7 @@ ROUTES = {
     ("get", "/v1/evaluations/{job_id}/artifacts/{name}"),
     ("get", "/v1/methods"),
     ("get", "/v1/treatments"),
+    ("get", "/v1/workers"),
     ("get", "/healthz"),
     ("get", "/readyz"),
     ("get", "/metrics"),

@@ -56,6 +56,26 @@ def test_the_result_goes_where_the_recipe_says(front: Front) -> None:
     assert job["recipe"]["output"]["prefix"] == "s3://merged/run-1/"
 
 
+def test_one_job_too_many_is_refused_until_another_has_ended(tmp_path: Path) -> None:
+    with open_front(tmp_path, max_active_jobs=1) as front:
+        job = with_checkpoints(front).submit()
+        for body in (recipe(), recipe(base="s3://models/missing.safetensors")):  # nothing is read first
+            response = front.http.post("/v1/merges", json=body, headers={"Idempotency-Key": "one more"})
+            problem = refused(response, 429, "too_many_active_jobs")
+            assert (response.headers["retry-after"], problem["retryable"]) == ("10", True)
+        front.http.post(f"/v1/merges/{job['id']}/cancel")
+        accepted = front.http.post("/v1/merges", json=recipe(), headers={"Idempotency-Key": "one more"})
+        assert accepted.status_code == 202
+        refused(front.http.post(f"/v1/merges/{job['id']}/retry"), 429, "too_many_active_jobs")
+
+
+def test_the_queue_is_ordered_by_priority(front: Front) -> None:
+    usual = front.submit()
+    urgent = front.submit(priority=10)
+    places = [front.http.get(job["links"]["self"]).json()["queue_position"] for job in (usual, urgent)]
+    assert (places, urgent["recipe"]["priority"]) == ([2, 1], 10)
+
+
 def test_links_begin_with_the_public_address(tmp_path: Path) -> None:
     with open_front(tmp_path, public_url="https://merge.example.org/") as front:
         job = with_checkpoints(front).submit()

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from service.contract import peaks
 from service.contract.checkpoint import Checkpoint, TensorInfo
 from service.contract.fit import fit
+from service.contract.plan import Plan
 from service.contract.planning import STREAM_BYTES, make_plan
 from service.contract.recipe import Recipe
 from service.contract.roles import guess_parameter
@@ -29,12 +31,16 @@ def checkpoint(name: str) -> Checkpoint:
 
 
 def peak(method: dict[str, Any], **changes: Any) -> int:
+    return planned(method, **changes)[1].peak_memory_bytes - STREAM_BYTES
+
+
+def planned(method: dict[str, Any], **changes: Any) -> tuple[Recipe, Plan]:
     tasks = [{"name": f"t{k}", "checkpoint": f"file:///t{k}/"} for k in range(TASKS)]
     recipe = Recipe.model_validate({"base": "file:///base/", "tasks": tasks, "method": method, **changes})
     base, experts = checkpoint("base"), [checkpoint(f"t{k}") for k in range(TASKS)]
     found = fit(recipe, base, experts)
     plan = make_plan(recipe, "file:///out/", base, experts, found, lambda info: guess_parameter(info.name, info.shape))
-    return plan.peak_memory_bytes - STREAM_BYTES
+    return recipe, plan
 
 
 def test_what_is_merged_entry_by_entry_holds_no_tensor() -> None:
@@ -57,3 +63,24 @@ def test_what_is_trimmed_is_held_whole_with_its_answers() -> None:
     assert trimmed == (TASKS + 2) * STORED + FLOAT * (TASKS + 2 + 2 * TASKS)
     kept = peak({"name": "cat"}, treatments=[{"match": "*", "use": "keep"}])
     assert kept == (TASKS + 2) * STORED + FLOAT * (TASKS + 2)
+
+
+def test_a_part_needs_what_its_own_shard_does() -> None:
+    recipe, plan = planned({"name": "cat"}, output={"shard_bytes": STORED})
+    whole, bias = (peaks.of_shard(recipe, shard) for shard in sorted(plan.shards, key=lambda shard: -shard.bytes_out))
+    assert whole == plan.peak_memory_bytes
+    assert STREAM_BYTES < bias < STREAM_BYTES + 100 * SHAPE[0]
+
+
+def test_a_baseline_is_merged_by_its_own_method() -> None:
+    recipe, plan = planned({"name": "cat"})
+    assert peaks.of_baseline(recipe, plan.shards[0], "task_arithmetic") == STREAM_BYTES
+
+
+def test_a_model_is_run_in_float_beside_what_was_read() -> None:
+    _, plan = planned({"name": "average"})
+    assert peaks.of_model(plan) == (4 + 2) * (prod(SHAPE) + SHAPE[0])
+    _, plan = planned({"name": "average"}, output={"dtype": "F32"})
+    assert peaks.of_model(plan) == 4 * (prod(SHAPE) + SHAPE[0])
+    assert peaks.of_speed(plan) == 2 * peaks.of_model(plan)
+    assert peaks.of_trial(plan) == peaks.of_model(plan) + plan.peak_memory_bytes

@@ -17,6 +17,7 @@ from service.contract.errors import (
     OutputExists,
     PreconditionFailed,
     StorageFailure,
+    TooManyActiveJobs,
 )
 from service.contract.job import Event, Job, Mark, Status
 from service.contract.parts import Counters, Done
@@ -413,3 +414,34 @@ def test_counts_of_parts_go_with_their_states(jobs: JobStore, parts: PartStore) 
         (Queue.HEAVY, "queued"): 2,
         (Queue.HEAVY, "running"): 1,
     }
+
+
+def test_a_caller_may_have_so_many_jobs_at_once(database: Database) -> None:
+    jobs = JobStore(database, max_active_jobs=2)
+    parts = PartStore(database, lease_seconds=60, part_attempts=3)
+    first, second = submit(jobs), submit(jobs)
+    with pytest.raises(TooManyActiveJobs, match="2 of your jobs wait or run, and 2 may"):
+        submit(jobs)
+    submit(jobs, caller="somebody else")
+    finish(parts, first.id)
+    third = submit(jobs)
+    jobs.cancel(ME, second.id)
+    fourth = submit(jobs)
+    with pytest.raises(TooManyActiveJobs):
+        jobs.retry(ME, second.id)
+    jobs.cancel(ME, third.id)
+    assert jobs.retry(ME, second.id)[0].status is Status.QUEUED
+    assert jobs.get(ME, fourth.id).status is Status.QUEUED
+
+
+def test_of_jobs_submitted_at_once_no_more_than_the_limit_are_taken(database: Database) -> None:
+    jobs = JobStore(database, max_active_jobs=3)
+
+    def try_one(_: int) -> bool:
+        try:
+            submit(jobs)
+        except TooManyActiveJobs:
+            return False
+        return True
+
+    assert sum(at_once(8, try_one)) == 3

@@ -19,6 +19,7 @@ from service.dispatch import Dispatcher
 from service.stores.database import Database
 from service.stores.jobs import FIRST_PART, IdempotencyKey, JobStore, KeptAnswer
 from service.stores.parts import PartStore
+from service.stores.placing import Placement
 from service.stores.records import ACTIVE
 from service.stores.schema import events, jobs, metadata, parts
 from service.sweeper import Rhythm, Sweeper
@@ -86,7 +87,8 @@ class Machine(RuleBasedStateMachine):
         self.jobs = JobStore(self.database)
         self.parts = PartStore(self.database, lease_seconds=LEASE_SECONDS, part_attempts=ATTEMPTS)
         self.bell = Bell()
-        self.sweeper = Sweeper(self.parts, self.bell, Rhythm(resend_after_seconds=30))
+        placement = Placement(self.database, lease_seconds=LEASE_SECONDS, patience_seconds=1e9)
+        self.sweeper = Sweeper(self.parts, placement, self.bell, Rhythm(resend_after_seconds=30))
         self.models: dict[str, Model] = {}
         self.keys: dict[str, str] = {}
         self.claims: list[Claim] = []  # of workers that live, whether or not they still hold their parts
