@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.context import Context
-from workers.threads import one_thread
+from workers.threads import alone, one_thread
 from workers.unread import Landing, Unread
 
 ENTRIES = 1 << 19  # half a megabyte of each operand: calls cost little beside the work, and all stays cached
@@ -142,7 +142,9 @@ class Pieces:
             self._rooms.append(self._make_room(self._room))
         with one_thread():
             pool = self._pool
-            started = [] if pool is None else [pool.submit(work_off, thread) for thread in range(1, self._threads)]
+            started = (
+                [] if pool is None else [pool.submit(alone(work_off), thread) for thread in range(1, self._threads)]
+            )
             try:
                 work_off(0)
             finally:

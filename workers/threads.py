@@ -28,9 +28,23 @@ def one_thread() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
+def alone(work: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """The same work, for a thread that may be new; to be called within ``one_thread``, by which it must have ended.
+
+    Whatever torch was told, a new thread multiplies its first matrices with as many threads of OpenMP's as there are
+    processors, and rounds them differently.
+    """
+
+    def told(item: Item) -> Result:
+        torch.set_num_threads(1)
+        return work(item)
+
+    return told
+
+
 def shared_out(work: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
     """``work`` of every item, in their order, done by up to ``threads`` threads; to be called within ``one_thread``."""
     if min(threads, len(items)) <= 1:
         return [work(item) for item in items]
     with ThreadPoolExecutor(min(threads, len(items)), thread_name_prefix="share") as pool:
-        return list(pool.map(work, items))
+        return list(pool.map(alone(work), items))
