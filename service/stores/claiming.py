@@ -15,7 +15,8 @@ Everything is read by index: what a claim costs does not depend on how many jobs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,24 +46,30 @@ def next_job(connection: Connection, queue: Queue, usable_bytes: int, *, patient
     Jobs that another transaction has locked are passed over, unless ``patient``: then they are waited for, and what
     comes back may have been served meanwhile.
     """
-    for caller in callers_in_turn(connection, queue):
-        job = _next_of(connection, queue, caller.name, usable_bytes, patient=patient)
+    busy = _at_work(connection)
+    for caller in _in_turn(connection, queue, busy):
+        job = _next_of(connection, queue, caller.name, usable_bytes, busy, patient=patient)
         if job is not None:
             return job
     return None
 
 
-def callers_in_turn(connection: Connection, queue: Queue) -> list[Caller]:
+def _at_work(connection: Connection) -> Sequence[Row[Any, Any, Any]]:
+    """The jobs with parts at work, ``(id, caller, claimed)``: no more than there are workers."""
+    counted = select(parts.c.job_id, func.count().label("claimed")).where(parts.c.state == "claimed")
+    by_job = counted.group_by(parts.c.job_id).subquery()
+    joined = select(jobs.c.id, jobs.c.caller, by_job.c.claimed).join(by_job, by_job.c.job_id == jobs.c.id)
+    rows: Sequence[Row[Any, Any, Any]] = connection.execute(joined).all()
+    return rows
+
+
+def _in_turn(connection: Connection, queue: Queue, busy: Sequence[Row[Any, Any, Any]]) -> list[Caller]:
     """Those with jobs in a queue, whether parts of them are ready or not; whose turn it is comes first."""
-    counted = connection.execute(
-        select(jobs.c.caller, func.count())
-        .join(parts, parts.c.job_id == jobs.c.id)
-        .where(parts.c.state == "claimed")
-        .group_by(jobs.c.caller)
-    )
-    at_work: dict[str, int] = dict(counted.all())
+    at_work: Counter[str] = Counter()
+    for row in busy:
+        at_work[row.caller] += row.claimed
     rows = connection.execute(_callers(queue)).all()
-    callers = [Caller(row.caller, at_work.get(row.caller, 0), row.served_at) for row in rows]
+    callers = [Caller(row.caller, at_work[row.caller], row.served_at) for row in rows]
     return sorted(callers, key=lambda caller: (caller.at_work, caller.served_at or 0.0, caller.name))
 
 
@@ -76,29 +83,41 @@ def _callers(queue: Queue) -> Select[Any]:
     return select(found.c.caller, served.label("served_at")).where(found.c.caller.is_not(None))
 
 
-def _next_of(connection: Connection, queue: Queue, caller: str, usable_bytes: int, *, patient: bool) -> Row[Any] | None:
+def _next_of(
+    connection: Connection,
+    queue: Queue,
+    caller: str,
+    usable_bytes: int,
+    busy: Sequence[Row[Any, Any, Any]],
+    *,
+    patient: bool,
+) -> Row[Any] | None:
     """Of one caller: the best of the jobs with parts at work, of which there are few, or of all the others."""
     waiting = (jobs.c.queue == queue.value, jobs.c.caller == caller, _has("ready", *_claimable(usable_bytes)))
-    counted = select(parts.c.job_id, func.count().label("n")).where(parts.c.state == "claimed")
-    at_work = counted.group_by(parts.c.job_id).subquery()
-    busy = connection.execute(
-        select(jobs.c.id, jobs.c.priority)
-        .join(at_work, at_work.c.job_id == jobs.c.id)
-        .where(*waiting)
-        .order_by(jobs.c.priority.desc(), at_work.c.n, jobs.c.turn_at, jobs.c.id)
-        .limit(1)
-    ).one_or_none()
-    as_urgent = () if busy is None else (jobs.c.priority >= busy.priority,)
-    idle = (
-        select(jobs)
-        .where(*waiting, *as_urgent, ~_has("claimed"))
-        .order_by(jobs.c.priority.desc(), jobs.c.turn_at, jobs.c.id)
-        .limit(1)
-    )
-    found = _locked(connection, idle, patient)
-    if found is not None or busy is None:
+    best = _best_of(connection, {row.id: row.claimed for row in busy if row.caller == caller}, waiting)
+    as_urgent = () if best is None else (jobs.c.priority >= best.priority,)
+    found = _first(connection, (*waiting, *as_urgent, ~_has("claimed")), patient)
+    if found is None and best is not None:
+        found = _first(connection, (jobs.c.id == best.id,), patient)
+    if found is not None or not patient:
         return found
-    return _locked(connection, select(jobs).where(jobs.c.id == busy.id), patient)
+    # A job of which another worker took a part just now was neither of the few nor of the others.
+    return _first(connection, waiting, patient)
+
+
+def _first(connection: Connection, conditions: tuple[ColumnElement[bool], ...], patient: bool) -> Row[Any] | None:
+    query = select(jobs).where(*conditions).order_by(jobs.c.priority.desc(), jobs.c.turn_at, jobs.c.id).limit(1)
+    row: Row[Any] | None = connection.execute(query.with_for_update(skip_locked=not patient)).one_or_none()
+    return row
+
+
+def _best_of(
+    connection: Connection, at_work: Mapping[str, int], waiting: tuple[ColumnElement[bool], ...]
+) -> Row[Any, Any, Any] | None:
+    known = connection.execute(
+        select(jobs.c.id, jobs.c.priority, jobs.c.turn_at).where(jobs.c.id.in_(list(at_work)), *waiting)
+    ).all()
+    return min(known, key=lambda row: (-row.priority, at_work[row.id], row.turn_at, row.id), default=None)
 
 
 def _has(state: str, *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
@@ -108,11 +127,6 @@ def _has(state: str, *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
 def _claimable(usable_bytes: int) -> tuple[ColumnElement[bool], ...]:
     """Of a part that is ready: whether its pause is over, and a worker with so much memory may have it."""
     return parts.c.not_before <= now(), parts.c.peak_bytes <= usable_bytes
-
-
-def _locked(connection: Connection, query: Select[Any], patient: bool) -> Row[Any] | None:
-    row: Row[Any] | None = connection.execute(query.with_for_update(skip_locked=not patient)).one_or_none()
-    return row
 
 
 def next_part(connection: Connection, job_id: str, usable_bytes: int) -> Row[Any, Any] | None:
@@ -140,7 +154,7 @@ def queue_positions(connection: Connection, rows: Sequence[Row[Any]]) -> dict[st
     places = _places(connection, queued)
     positions = {}
     for queue in {row.queue for row in queued}:
-        order = callers_in_turn(connection, Queue(queue))
+        order = _in_turn(connection, Queue(queue), _at_work(connection))
         totals = _totals(connection, queue)
         for row in queued:
             if row.queue == queue:

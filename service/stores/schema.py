@@ -101,7 +101,7 @@ parts = Table(
     Column("peak_bytes", BigInteger, nullable=False, server_default="0"),  # the memory that it will need
     Column("deaths", Integer, nullable=False, server_default="0"),  # workers it has cost since the job's last retry
     Index(None, "state", "not_before"),
-    Index(None, "job_id", "state", "part"),
+    Index(None, "job_id", "state", "not_before"),
 )
 
 trials = Table(  # of a job's search; gone with the parts that made them, as when a job is planned again

@@ -144,11 +144,12 @@ class Final(StorageFailure):
 
 def test_workers_that_claim_at_once_get_different_parts_and_miss_none(jobs: JobStore, parts: PartStore) -> None:
     """Whoever is told that there is nothing goes to sleep, so it must not be told so while there is."""
-    small = [planned(jobs, parts, 1) for _ in range(4)]
-    large = planned(jobs, parts, 8)
-    held = at_once(12, lambda i: parts.claim_next([Queue.HEAVY], f"worker {i}"))
-    found = [(claim.job_id, claim.part) for claim in held if claim is not None]
-    assert sorted(found) == sorted([*((job_id, 0) for job_id in small), *((large, part) for part in range(8))])
+    for _ in range(4):
+        small = [planned(jobs, parts, 1) for _ in range(4)]
+        large = planned(jobs, parts, 8)
+        held = at_once(12, lambda i: parts.claim_next([Queue.HEAVY], f"worker {i}"))
+        found = [(claim.job_id, claim.part) for claim in held if claim is not None]
+        assert sorted(found) == sorted([*((job_id, 0) for job_id in small), *((large, part) for part in range(8))])
 
 
 def test_a_job_that_is_locked_is_waited_for_where_there_is_nothing_else(
@@ -189,14 +190,13 @@ def test_what_a_claim_costs_does_not_grow_with_what_waits_and_what_has_ended(
     jobs: JobStore, parts: PartStore, database: Database
 ) -> None:
     crowd(database, planned(jobs, parts, 1), 3000)
-    plans = explained(database, parts)
-    if database.is_sqlite:  # which says how it reads, but not how much
-        assert not [line for line in plans if re.search("SCAN (jobs|parts)", line)]
-        assert sum("FOR ORDER BY" in line for line in plans) == 1, "of the few jobs that have parts at work"
+    take(parts)  # a job with a part at work is looked at apart
+    if database.is_sqlite:
+        assert steps(database, parts) < 5000, "of SQLite's machine; every row that is looked at takes some"
     else:
-        rows = [int(found) for line in plans for found in re.findall(r"actual.*rows=(\d+)", line)]
+        rows = [int(found) for line in explained(database, parts) for found in re.findall(r"actual.*rows=(\d+)", line)]
         assert len(rows) > 10
-        assert max(rows) < 10, plans
+        assert max(rows) < 10
 
 
 def crowd(database: Database, job_id: str, count: int) -> None:
@@ -213,8 +213,22 @@ def crowd(database: Database, job_id: str, count: int) -> None:
         connection.exec_driver_sql("analyze")
 
 
+def steps(database: Database, parts: PartStore) -> int:
+    taken: list[int] = []
+
+    def note(connection: Any, *_: Any) -> None:
+        connection.set_progress_handler(lambda: taken.append(100), 100)
+
+    event.listen(database.engine, "checkout", note)
+    try:
+        assert take(parts, Queue.LIGHT).job_id == "mrg_q000000"
+    finally:
+        event.remove(database.engine, "checkout", note)
+    return sum(taken)
+
+
 def explained(database: Database, parts: PartStore) -> list[str]:
-    """The database's plans of everything that is read for a claim."""
+    """What PostgreSQL does for everything that is read for a claim."""
     asked: list[tuple[str, Any]] = []
 
     def note(_conn: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -225,12 +239,7 @@ def explained(database: Database, parts: PartStore) -> list[str]:
         assert take(parts, Queue.LIGHT).job_id == "mrg_q000000"
     finally:
         event.remove(database.engine, "before_cursor_execute", note)
-    explain = "explain query plan " if database.is_sqlite else "explain (analyze) "
     with database.write() as connection:
         reads = [(statement, values) for statement, values in asked if statement.startswith(("SELECT", "WITH"))]
-        assert len(reads) > 3
-        return [
-            str(row[-1])
-            for statement, values in reads
-            for row in connection.exec_driver_sql(explain + statement, values)
-        ]
+        plans = [connection.exec_driver_sql(f"explain (analyze) {statement}", values) for statement, values in reads]
+        return [str(row[-1]) for plan in plans for row in plan]

@@ -24,7 +24,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_jobs_turns", "jobs", ["queue", "caller", sa.text("priority DESC"), "turn_at", "id"], unique=False
     )
-    op.create_index(op.f("ix_parts_job_id_state_part"), "parts", ["job_id", "state", "part"], unique=False)
+    op.create_index(op.f("ix_parts_job_id_state_not_before"), "parts", ["job_id", "state", "not_before"], unique=False)
 
 
 def _fill() -> None:
@@ -40,7 +40,7 @@ def _fill() -> None:
 
 
 def downgrade() -> None:
-    op.drop_index(op.f("ix_parts_job_id_state_part"), table_name="parts")
+    op.drop_index(op.f("ix_parts_job_id_state_not_before"), table_name="parts")
     op.drop_index("ix_jobs_turns", table_name="jobs")
     op.drop_index(op.f("ix_jobs_caller_served_at"), table_name="jobs")
     for name in ("served_at", "turn_at", "given", "priority", "queue"):
