@@ -26,6 +26,8 @@ from tests.end_to_end.stack import Program, until
 from tests.faulty import Harm
 from tests.servers import free_port, s3_server
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # workers take their time to start on a busy machine
+
 PLACE = f"s3://{BUCKET}/models/"
 SHARDS = 12_000  # a few parts
 
