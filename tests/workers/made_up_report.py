@@ -207,6 +207,7 @@ def search(chance: random.Random) -> dict[str, Any]:
             }
         )
     return {
+        "measures": "retention",
         "objective": "mean_retention",
         "trials": trials,
         "importances": {"scaling": 0.82, "rank": 0.18},
