@@ -1,4 +1,4 @@
-"""What every object store promises: seven verbs, one way to write addresses, and four ways to say no."""
+"""What every object store promises: nine verbs, one way to write addresses, and four ways to say no."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class NearObject(Protocol):
 
 
 class ObjectStore(Protocol):
-    """Seven verbs over full addresses, and two to clear away what was left half written.
+    """Seven verbs over full addresses, and two more to clear away what was left half written.
 
     Every method may be called from several threads, and may raise any StoreError.
     """
