@@ -9,7 +9,7 @@ from typing import Any
 
 from service.contract.notices import as_rows
 from service.contract.parts import Done
-from service.contract.stages import ORDER, Stage
+from service.contract.stages import ORDER
 from workers.metering import Meter
 from workers.usage import Usage, summed
 from workers.work import Work
@@ -18,12 +18,12 @@ Run = Callable[[Work], Done]
 
 
 def recorded(run: Run) -> Run:
-    """The stage, with ``usage`` and ``notices`` in its output; while it runs it may ask what it took so far."""
+    """The stage, with ``usage`` and ``notices`` in its output."""
 
     @wraps(run)
     def with_record(work: Work) -> Done:
         meter = Meter(work.device)
-        done = run(replace(work, used=meter.usage))
+        done = run(work)
         output = {**done.output, "usage": meter.usage().as_dict(), "notices": as_rows(done.warnings)}
         return replace(done, output=output)
 
@@ -36,11 +36,13 @@ def notices(work: Work) -> list[dict[str, Any]]:
 
 
 def usage(work: Work) -> dict[str, Any]:
-    """What the parts of all stages took, and this one until now."""
-    found = {
-        stage.value: [Usage.from_dict(output["usage"]) for output in work.outputs(stage) if "usage" in output]
-        for stage in ORDER
-    }
-    if work.used is not None:
-        found[Stage.FINALIZE.value].append(work.used())
-    return summed(found)
+    """What the parts of all stages took that are done.
+
+    Not this one: a report must be the same, byte for byte, whoever makes it again.
+    """
+    return summed(
+        {
+            stage.value: [Usage.from_dict(output["usage"]) for output in work.outputs(stage) if "usage" in output]
+            for stage in ORDER
+        }
+    )

@@ -15,7 +15,6 @@ from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from service.contract.trials import Study
 from service.stores.objects import Objects, failures
-from workers.usage import Usage
 from workers.watch import Watch
 
 PLAN_LIMIT_BYTES = 1 << 30
@@ -28,7 +27,7 @@ class Work:
     ``outputs`` gives what the parts of an earlier stage left, in their order; ``so_far`` what the job has cost until
     now; ``device`` is torch's name of the device to compute on, ``calibration_bytes`` what a model's weights may take
     there while it is calibrated, if there is a limit. ``study`` holds the trials of a search; ``planned`` is a plan
-    that stands for the first stage's; ``used`` says what this part took so far, where that is measured.
+    that stands for the first stage's.
     """
 
     claim: Claim
@@ -41,7 +40,6 @@ class Work:
     calibration_bytes: int | None = None
     study: Study | None = None
     planned: Plan | None = None
-    used: Callable[[], Usage] | None = None
 
     @property
     def recipe(self) -> Recipe:
