@@ -89,11 +89,12 @@ class Arena:
         """Until somebody has run into a rule."""
         until(rule.hit.is_set, f"a request matches {rule.pattern.pattern}", self.logs)
 
-    def holder(self, job_id: str, stage: str) -> tuple[Program, int]:
-        """The worker that holds a part of a stage, and the process that does it."""
+    def holder(self, job_id: str, stage: str, name: str = "") -> tuple[Program, int]:
+        """The worker that holds a part of a stage, of that name if it is given, and the process that does it."""
         with self.database.read() as connection:
             claimed = (parts.c.job_id == job_id, parts.c.stage == stage, parts.c.state == "claimed")
-            owner = connection.execute(select(parts.c.owner).where(*claimed)).scalars().first()
+            named = parts.c.name.startswith(name, autoescape=True)
+            owner = connection.execute(select(parts.c.owner).where(*claimed, named)).scalars().first()
         assert owner is not None, f"nobody holds a part of {stage}\n{self.logs()}"
         pid = int(owner.rpartition(":")[2])
         group = os.getpgid(pid)

@@ -100,7 +100,7 @@ def test_a_worker_is_killed_in_every_stage_and_what_it_had_sent_arrives_late(
     job_id = arena.stack.submit(recipe(pair, evaluation={"tasks": rows, "resamples": 100}))["id"]
     for stage, rule in held.items():
         arena.caught(rule)
-        program, _ = arena.holder(job_id, stage)
+        program, _ = arena.holder(job_id, stage, "model-00002-of" if stage == "merge" else "")
         if stage == "finalize":
             after_the_manifest.times = 1  # whoever writes it looks at it then
         program.kill()
@@ -152,7 +152,7 @@ def test_the_child_of_a_worker_is_killed(arena: Arena, pair: Family, undisturbed
     rule = arena.store.hold("PUT .*model-00002-of")
     job_id = arena.stack.submit(recipe(pair))["id"]
     arena.caught(rule)
-    program, pid = arena.holder(job_id, "merge")
+    program, pid = arena.holder(job_id, "merge", "model-00002-of")
     os.kill(pid, signal.SIGKILL)
     arena.check(job_id, undisturbed)
     assert program.is_running
@@ -163,7 +163,7 @@ def test_the_parent_of_a_worker_is_killed(arena: Arena, pair: Family, undisturbe
     rule = arena.store.hold("PUT .*model-00002-of")
     job_id = arena.stack.submit(recipe(pair))["id"]
     arena.caught(rule)
-    program, pid = arena.holder(job_id, "merge")
+    program, pid = arena.holder(job_id, "merge", "model-00002-of")
     os.kill(program.group, signal.SIGKILL)
     rule.release()
     arena.check(job_id, undisturbed)
@@ -189,7 +189,7 @@ def test_a_worker_is_asked_to_stop_while_its_store_hangs(
     rule = arena.store.hold("PUT .*model-00002-of")
     job_id = arena.stack.submit(recipe(pair))["id"]
     arena.caught(rule)
-    program, _ = arena.holder(job_id, "merge")
+    program, _ = arena.holder(job_id, "merge", "model-00002-of")
     program.stop()  # within STOP_SECONDS, or it says so in the log
     assert "did not stop" not in program.log()
     arena.check(job_id, undisturbed)
@@ -267,7 +267,7 @@ def test_of_two_sweepers_the_one_at_work_is_killed(arena: Arena, pair: Family, u
         rule = arena.store.hold("PUT .*model-00002-of")
         job_id = arena.stack.submit(recipe(pair))["id"]
         arena.caught(rule)
-        program, _ = arena.holder(job_id, "merge")
+        program, _ = arena.holder(job_id, "merge", "model-00002-of")
         with arena.database.read() as connection:
             owner = connection.execute(select(leaders.c.owner).where(leaders.c.duty == "sweep")).scalar_one()
         sweeping = second if int(owner.split(":")[1]) == second.group else arena.stack.api
@@ -467,7 +467,7 @@ def test_a_cancel_takes_effect_while_a_tensor_is_read(arena: Arena, pair: Family
     rule = arena.store.hold("PUT .*model-00002-of")
     job_id = arena.stack.submit(recipe(pair))["id"]
     arena.caught(rule)
-    program, _ = arena.holder(job_id, "merge")
+    program, _ = arena.holder(job_id, "merge", "model-00002-of")
     assert arena.stack.client.post(f"/v1/merges/{job_id}/cancel").json()["status"] == "cancelled"
     rule.release()
     until(lambda: _has_let_go(program, job_id), "the worker has left it", arena.logs)
