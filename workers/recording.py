@@ -9,12 +9,13 @@ from typing import Any
 
 from service.contract.notices import as_rows
 from service.contract.parts import Done
-from service.contract.stages import ORDER
+from service.contract.stages import ORDER, Stage
 from workers.metering import Meter
 from workers.usage import Usage, summed
 from workers.work import Work
 
 Run = Callable[[Work], Done]
+BEFORE = [stage for stage in ORDER if stage is not Stage.FINALIZE]
 
 
 def recorded(run: Run) -> Run:
@@ -32,7 +33,7 @@ def recorded(run: Run) -> Run:
 
 def notices(work: Work) -> list[dict[str, Any]]:
     """What the parts of all stages warned of."""
-    return [row for stage in ORDER for output in work.outputs(stage) for row in output.get("notices", ())]
+    return [row for stage in BEFORE for output in work.outputs(stage) for row in output.get("notices", ())]
 
 
 def usage(work: Work) -> dict[str, Any]:
@@ -43,6 +44,6 @@ def usage(work: Work) -> dict[str, Any]:
     return summed(
         {
             stage.value: [Usage.from_dict(output["usage"]) for output in work.outputs(stage) if "usage" in output]
-            for stage in ORDER
+            for stage in BEFORE
         }
     )

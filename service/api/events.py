@@ -68,7 +68,7 @@ async def _stream(job_id: str, after: int, doors: House, caller: str) -> AsyncIt
     """Events as they come. Nothing is held between two; the end comes with the job's or the service's."""
     yield ": follow\n\n"
     with doors.lookout.follow(job_id) as follower:
-        while not doors.closing.is_set():
+        while True:
             try:
                 events, more, has_ended = await run_in_threadpool(doors.jobs.events, caller, job_id, after, BATCH)
             except (NotFound, SQLAlchemyError) as error:  # deleted, or the database is away: the reader comes again
@@ -77,7 +77,7 @@ async def _stream(job_id: str, after: int, doors: House, caller: str) -> AsyncIt
             for event in events:
                 yield _message(event)
                 after = event.seq
-            if has_ended:
+            if has_ended or doors.closing.is_set():
                 return
             while not more and not await follower.news(HEARTBEAT_SECONDS):
                 yield ": still here\n\n"

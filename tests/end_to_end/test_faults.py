@@ -124,7 +124,7 @@ def check_whole(stack: Stack, job_id: str) -> None:
     prefix = stack.job(job_id)["result"]["prefix"]
     manifest = json.loads(stack.objects.read_all(f"{prefix}merge/manifest.json", 1 << 20))
     assert sorted(stack.listed(prefix)) == sorted([row["name"] for row in manifest["files"]] + ["merge/manifest.json"])
-    assert not stack.listed(f"s3://faults/scratch/{job_id}/")
+    until(lambda: not stack.listed(f"s3://faults/scratch/{job_id}/"), "nothing is left in scratch", stack.logs)
 
 
 def states(database: Database, job_id: str, stage: str) -> dict[str, int]:

@@ -19,6 +19,7 @@ from service.stores.local import LocalStore
 from service.stores.objects import Objects
 from tests.workers.architectures import Case
 from tests.workers.tiny_models import build, configuration
+from workers.cleanup import remove_scratch
 from workers.stages import RUN
 from workers.watch import Watch
 from workers.work import Work
@@ -73,6 +74,8 @@ class Run:
         last = Done()
         for part in self._do(Stage.PLAN, 0).parts:
             last = self._do(part.stage, part.part)
+        work = self.work(Stage.FINALIZE, 0)
+        remove_scratch(work.objects, work.workspace, work.claim.job_id)  # as the runner does
         return last
 
     def warnings(self, stage: Stage) -> list[str]:

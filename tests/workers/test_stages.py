@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def test_a_job_can_be_finished_again_and_leaves_the_same_bytes(objects: Objects)
     walk = Walk(objects, recipe_of(method={"name": "average"}))
     first = walk.until(Stage.FINALIZE)
     before = {info.address: objects.read_all(info.address, 1 << 20) for info in objects.list(PREFIX)}
-    assert walk.step(Stage.FINALIZE) == first
+    again = walk.step(Stage.FINALIZE)
+    assert replace(again, output={}) == replace(first, output={})
     assert {info.address: objects.read_all(info.address, 1 << 20) for info in objects.list(PREFIX)} == before
 
 

@@ -12,8 +12,6 @@ from service.contract.job import Artifact, Status
 from service.contract.notices import as_rows
 from service.contract.parts import Done
 from service.contract.plan import Plan
-from service.stores.objects import failures
-from workers.cleanup import remove_scratch
 from workers.evaluation_report import EvaluationFacts, build_evaluation_report
 from workers.figures_file import ModelScores, read_scores
 from workers.licenses import read_license
@@ -57,8 +55,6 @@ def run(work: Work) -> Done:
     manifest = manifest_of(work, recipe, inputs, files, {})
     work.watch.announce_commit()
     whole = [*files, write_artifact(work.objects, plan.prefix, artifacts.MANIFEST, manifest)]
-    with failures():
-        remove_scratch(work.objects, work.workspace, work.claim.job_id)
     return Done(status=status, result=_result(report, plan, whole), warnings=tuple(doubtful))
 
 
