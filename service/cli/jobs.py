@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +14,7 @@ from rich.markup import escape
 
 from service.cli.options import JobId, Json, RecipeFile, Url, connect
 from service.cli.output import (
+    JsonObject,
     Refused,
     about,
     answering,
@@ -37,49 +39,37 @@ Key = Annotated[str | None, typer.Option("--key", help="Idempotency key: the sam
 Timeout = Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Stop watching after so long.")]
 
 
-def submit(
-    context: typer.Context,
-    recipe: RecipeFile,
-    watch: Watch = False,
-    key: Key = None,
-    timeout: Timeout = None,
-    as_json: Json = False,
-    url: Url = None,
-) -> None:
-    """Submit a merge; with --watch, follow it to its end."""
-    with answering(as_json), connect(context, url) as client:
-        job = client.submit(_read_recipe(recipe), idempotency_key=key)
-        _show_to_its_end(client, job, watch, timeout, as_json)
+def _submits(name: str, ask: Callable[..., JsonObject], help_text: str) -> Callable[..., None]:
+    """A command that submits a recipe, and follows the job where that is wanted."""
+
+    def command(
+        context: typer.Context,
+        recipe: RecipeFile,
+        watch: Watch = False,
+        key: Key = None,
+        timeout: Timeout = None,
+        as_json: Json = False,
+        url: Url = None,
+    ) -> None:
+        with answering(as_json), connect(context, url) as client:
+            job = ask(client, _read_recipe(recipe), idempotency_key=key)
+            _show_to_its_end(client, job, watch, timeout, as_json)
+
+    command.__name__, command.__doc__ = name, help_text
+    return command
 
 
-def analyze(
-    context: typer.Context,
-    recipe: RecipeFile,
-    watch: Watch = False,
-    key: Key = None,
-    timeout: Timeout = None,
-    as_json: Json = False,
-    url: Url = None,
-) -> None:
-    """Measure how much tasks disturb each other before you merge them; no weights are written."""
-    with answering(as_json), connect(context, url) as client:
-        job = client.analyze(_read_recipe(recipe), idempotency_key=key)
-        _show_to_its_end(client, job, watch, timeout, as_json)
-
-
-def evaluate(
-    context: typer.Context,
-    recipe: RecipeFile,
-    watch: Watch = False,
-    key: Key = None,
-    timeout: Timeout = None,
-    as_json: Json = False,
-    url: Url = None,
-) -> None:
-    """Measure checkpoints on labeled samples: a merged model, a base, or two that are to be compared."""
-    with answering(as_json), connect(context, url) as client:
-        job = client.evaluate(_read_recipe(recipe), idempotency_key=key)
-        _show_to_its_end(client, job, watch, timeout, as_json)
+submit = _submits("submit", CatmergeClient.submit, "Submit a merge; with --watch, follow it to its end.")
+analyze = _submits(
+    "analyze",
+    CatmergeClient.analyze,
+    "Measure how much tasks disturb each other before you merge them; no weights are written.",
+)
+evaluate = _submits(
+    "evaluate",
+    CatmergeClient.evaluate,
+    "Measure checkpoints on labeled samples: a merged model, a base, or two that are to be compared.",
+)
 
 
 def watch(
