@@ -105,7 +105,8 @@ def _progress(connection: Connection, rows: Sequence[Row[Any]]) -> dict[str, Pro
             func.sum(parts.c.weight * share).label("worked"),
             func.count().label("total"),
             func.sum(sql_case((parts.c.state == "done", 1), else_=0)).label("done"),
-            func.sum(parts.c.tensors_done).label("tensors_done"),
+            # Parts without a total, trials of a search for one, count tensors that they do over and over.
+            func.sum(sql_case((parts.c.tensors_total > 0, parts.c.tensors_done), else_=0)).label("tensors_done"),
             func.sum(parts.c.tensors_total).label("tensors_total"),
             func.sum(parts.c.bytes_read).label("bytes_read"),
             func.sum(parts.c.bytes_written).label("bytes_written"),

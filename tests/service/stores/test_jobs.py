@@ -21,7 +21,7 @@ from service.contract.errors import (
 )
 from service.contract.job import Event, Job, Mark, Status
 from service.contract.parts import Counters, Done
-from service.contract.stages import PartMessage, Queue, Stage
+from service.contract.stages import NewPart, PartMessage, Queue, Stage
 from service.stores.database import Database
 from service.stores.jobs import IdempotencyKey, JobStore, KeptAnswer, Listing
 from service.stores.parts import PartStore
@@ -391,6 +391,15 @@ def push_back(database: Database, job_id: str, column: str, seconds: float) -> N
     """Let time pass for one job."""
     with database.write() as connection:
         connection.execute(update(table).where(table.c.id == job_id).values({column: table.c[column] - seconds}))
+
+
+def test_tensors_of_trials_are_not_counted_beside_those_of_the_result(jobs: JobStore, parts: PartStore) -> None:
+    job = submit(jobs)
+    plan(parts, job.id, NewPart(Stage.SEARCH, 0, "trial/1", weight=1.0), *merges(2))
+    parts.complete(claim(parts, job.id, Stage.SEARCH), Done(), Counters(tensors_done=30))
+    parts.complete(claim(parts, job.id, Stage.MERGE, 0), Done(), Counters(tensors_done=10))
+    progress = jobs.get(ME, job.id).progress
+    assert (progress.tensors_done, progress.tensors_total) == (10, 20)
 
 
 def test_marks_tell_how_far_jobs_are(jobs: JobStore, parts: PartStore) -> None:
