@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 
 from service.contract import artifacts
@@ -15,10 +14,6 @@ from service.stores.objects import ObjectMissing, Objects
 from service.stores.parts import PartStore
 
 MANIFEST_LIMIT_BYTES = 256 << 20
-# What a merge writes beside its weights, known by name: a job without a result has no list of what it wrote.
-OURS = re.compile(
-    r"merge/(recipe\.json|plan\.json|report\.json|report\.html|analysis\.json|trim-log\.jsonl|removed-\d+\.safetensors)"
-)
 
 
 def wipe(job: Job, jobs: JobStore, parts: PartStore, objects: Objects, workspace: str) -> None:
@@ -80,4 +75,8 @@ def _written(job: Job, parts: PartStore, objects: Objects) -> Iterator[str]:
     for output in parts.outputs(job.id, Stage.MERGE):
         yield from (str(row["name"]) for row in output.get("files", []))
     found = list(objects.list(f"{job.prefix}merge/"))
-    yield from (name for name in (info.address.removeprefix(job.prefix) for info in found) if OURS.fullmatch(name))
+    yield from (
+        name
+        for name in (info.address.removeprefix(job.prefix) for info in found)
+        if artifacts.BESIDE_WEIGHTS.fullmatch(name)
+    )

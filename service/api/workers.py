@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from service.api.deps import Caller, Doors
 from service.api.views import Timestamp, timestamp
 from service.contract.stages import Stage
-from service.contract.workers import Presence
+from service.contract.workers import LivingWorker
 
 router = APIRouter(prefix="/v1", tags=["workers"])
 
@@ -57,8 +57,8 @@ def list_workers(doors: Doors, caller: Caller) -> WorkerList:
     return WorkerList(data=[_view(presence, caller) for presence in doors.workers.present()])
 
 
-def _view(presence: Presence, caller: str) -> WorkerView:
-    worker = presence.worker
+def _view(living: LivingWorker, caller: str) -> WorkerView:
+    worker = living.worker
     return WorkerView(
         id=worker.id,
         host=worker.host,
@@ -70,14 +70,14 @@ def _view(presence: Presence, caller: str) -> WorkerView:
         queues=[queue.word for queue in worker.queues],
         version=worker.version,
         engine=worker.engine,
-        started_at=timestamp(presence.started_at),
-        seen_at=timestamp(presence.seen_at),
-        current=_current(presence, caller),
+        started_at=timestamp(living.started_at),
+        seen_at=timestamp(living.seen_at),
+        current=_current(living, caller),
     )
 
 
-def _current(presence: Presence, caller: str) -> PartView | None:
-    doing = presence.at_work
+def _current(living: LivingWorker, caller: str) -> PartView | None:
+    doing = living.at_work
     if doing is None:
         return None
     is_own = doing.caller == caller

@@ -16,9 +16,13 @@ INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 HEADS = "heads/"
 
-LARGE = re.compile(
-    r"model(-\d{5}-of-\d{5})?\.safetensors|heads/[^/]+\.(safetensors|json)|merge/removed-\d{5}\.safetensors"
-    r"|merge/(plan|report|recipe|analysis|manifest)\.json|merge/report\.html|merge/trim-log\.jsonl"
+# What a merge writes beside its weights, known by name: a job without a result has no list of what it wrote.
+BESIDE_WEIGHTS = re.compile(
+    r"merge/(recipe\.json|plan\.json|report\.json|report\.html|analysis\.json|trim-log\.jsonl|removed-\d+\.safetensors)"
+)
+HALF_WRITTEN = re.compile(
+    BESIDE_WEIGHTS.pattern
+    + r"|merge/manifest\.json|model(-\d{5}-of-\d{5})?\.safetensors|heads/[^/]+\.(safetensors|json)"
     r"|[^/]+\.(json|txt|model)"
     r"|((merge|heads)/)?\.catmerge-staging-[0-9a-f]+"  # a file that is being written tells nothing else
 )
@@ -73,7 +77,7 @@ def head_config(task: str) -> str:
 
 def may_be_ours(name: str) -> bool:
     """Whether a file that was left half written in a job's folder has a name under which merges write."""
-    return LARGE.fullmatch(name) is not None
+    return HALF_WRITTEN.fullmatch(name) is not None
 
 
 def default_prefix(workspace: str, plural: str, job_id: str) -> str:

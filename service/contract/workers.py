@@ -39,7 +39,7 @@ class AtWork:
 
 
 @dataclass(frozen=True)
-class Presence:
+class LivingWorker:
     """A worker that was heard from lately; times in seconds since the epoch, by the database's clock."""
 
     worker: Worker

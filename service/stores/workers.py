@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, delete, select, update
 
 from service.contract.stages import Queue, Stage
-from service.contract.workers import AtWork, Presence, Worker
+from service.contract.workers import AtWork, LivingWorker, Worker
 from service.stores.database import Database, now
 from service.stores.schema import jobs, parts, workers
 
@@ -38,14 +38,14 @@ class WorkerStore:
         with self._database.write() as connection:
             connection.execute(delete(workers).where(workers.c.id == worker_id))
 
-    def present(self) -> list[Presence]:
+    def present(self) -> list[LivingWorker]:
         """The workers that live, with what they do, by host."""
         with self._database.read() as connection:
             rows = connection.execute(
                 select(workers).where(is_alive(self._lease_seconds)).order_by(workers.c.host, workers.c.id)
             ).all()
             doing = at_work(connection)
-        return [Presence(_worker(row), row.started_at, row.seen_at, doing.get(row.id)) for row in rows]
+        return [LivingWorker(_worker(row), row.started_at, row.seen_at, doing.get(row.id)) for row in rows]
 
     def forget_gone(self) -> int:
         with self._database.write() as connection:
