@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
-import threading
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-
-from sqlalchemy.exc import DBAPIError
 
 from service.contract import artifacts
 from service.contract.errors import OutputExists
@@ -25,22 +19,25 @@ from service.wiping import owner, wipe, wipe_scratch, wipe_unfinished
 
 logger = logging.getLogger(__name__)
 
-DUTY = "housekeeping"
 BATCH = 100
-OURS = ("cache/", "scratch/", "merges/", "evaluations/")  # folders of the workspace into which nobody else writes
+OWN_FOLDERS = (
+    "cache/",
+    "scratch/",
+    "merges/",
+    "evaluations/",
+)  # of the workspace, where nobody else writes
 STALE_SECONDS = 7 * 86400.0  # what has not been finished for so long is nobody's, even where no job remembers it
 CLOCK_SECONDS = 60.0  # by which a store's clock may run differently between two looks
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """How often to clear up, and what to keep.
+    """What to keep, and for how long.
 
     ``quiet_seconds`` is how long a job must have ended: whoever still worked for it has noticed by then.
     ``in_use_seconds`` is how long ago the last use of cached statistics must lie before they may go.
     """
 
-    every_seconds: float = 60.0
     quiet_seconds: float = 120.0
     keep_keys_seconds: float = 7 * 86400.0
     expire_artifacts: bool = False
@@ -49,7 +46,7 @@ class Keeping:
 
 
 class Housekeeper:
-    """A thread in every API process, of its own because stores can be slow; one at a time has the duty."""
+    """What must be cleared away, by one process at a time; stores can be slow, so not by the one that sweeps."""
 
     def __init__(
         self,
@@ -68,45 +65,22 @@ class Housekeeper:
         self._objects = objects
         self._workspace = workspace
         self._keeping = keeping
-        self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="housekeeper", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop after what is being cleared away just now, and leave the duty to another."""
-        self._stop.set()
-        self._thread.join(timeout=5)
-        try:
-            self._parts.resign(DUTY, self._owner)
-        except DBAPIError as error:
-            logger.warning("Could not resign from housekeeping (%s); another takes over when the duty runs out", error)
-
-    def _run(self) -> None:
-        while not self._stop.wait(self._keeping.every_seconds):
-            try:
-                if self._parts.elect(DUTY, self._owner, seconds=2 * self._keeping.every_seconds + 5):
-                    self.clear_up()
-            except Exception:  # whatever is in the way now may be gone the next time
-                logger.exception("Clearing up failed; it is tried again")
-
-    def clear_up(self) -> None:
-        """Do everything that is due once."""
+    def clear_up(self, is_stopping: Callable[[], bool] = lambda: False) -> None:
+        """Do everything that is due once, or what there is time for."""
         self._parts.forget_keys(self._keeping.keep_keys_seconds)
         self._workers.forget_gone()
         for ended in self._ended.untidied(self._keeping.quiet_seconds, BATCH):
-            self._unless_stopped(ended.id, partial(self._tidy, ended))
+            self._unless(is_stopping, ended.id, partial(self._tidy, ended))
         for job in self._ended.expired(BATCH):
-            self._unless_stopped(job.id, partial(self._expire, job))
-        self._unless_stopped("the workspace", self._drop_stale)
+            self._unless(is_stopping, job.id, partial(self._expire, job))
+        self._unless(is_stopping, "the workspace", self._drop_stale)
         if self._keeping.cache_bytes is not None:
-            self._unless_stopped("the cache", self._shrink_cache)
+            self._unless(is_stopping, "the cache", self._shrink_cache)
 
-    def _unless_stopped(self, what: str, clear: Callable[[], None]) -> None:
+    def _unless(self, is_stopping: Callable[[], bool], what: str, clear: Callable[[], None]) -> None:
         """One thing that can't be cleared away does not keep the others from it."""
-        if self._stop.is_set():
+        if is_stopping():
             return
         try:
             clear()
@@ -160,7 +134,7 @@ class Housekeeper:
 
     def _drop_stale(self) -> None:
         """In folders that are the service's alone age says enough."""
-        for folder in OURS:
+        for folder in OWN_FOLDERS:
             for found in list(self._objects.unfinished(self._workspace + folder)):
                 if found.age_seconds > STALE_SECONDS:
                     self._objects.abandon(found)

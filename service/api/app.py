@@ -20,16 +20,18 @@ from service.api.metrics import Metrics
 from service.api.watch import Watch
 from service.contract.settings import Connections
 from service.dispatch import Dispatcher
+from service.duty import Duty
 from service.housekeeping import Housekeeper, Keeping
 from service.settings import Settings
 from service.stores.database import Database
+from service.stores.duties import DutyStore
 from service.stores.ended import EndedJobs
 from service.stores.jobs import JobStore
 from service.stores.objects import open_objects
 from service.stores.parts import PartStore
 from service.stores.placing import Placement
 from service.stores.workers import WorkerStore
-from service.sweeper import Rhythm, Sweeper
+from service.sweeper import Sweeper
 
 # The trim log and the list of artifacts come before the artifact whose name may be any path.
 ROUTERS = (
@@ -92,20 +94,41 @@ def _house(connections: Connections, settings: Settings) -> House:
 async def _open(house: House) -> AsyncIterator[None]:
     if house.settings.migrate_at_start:
         await run_in_threadpool(house.database.migrate)
-    sweeper = _sweeper(house)
-    housekeeper = _housekeeper(house)
-    sweeper.start()
-    housekeeper.start()
+    duties = _duties(house)
+    for duty in duties:
+        duty.start()
     lookout = asyncio.create_task(house.lookout.watch())
     try:
         yield
     finally:
         house.closing.set()
         await lookout
-        await run_in_threadpool(sweeper.stop)
-        await run_in_threadpool(housekeeper.stop)
+        for duty in duties:
+            await run_in_threadpool(duty.stop)
         house.dispatcher.close()
         house.database.close()
+
+
+def _duties(house: House) -> tuple[Duty, ...]:
+    """What one of the API's processes does for all; stores can be slow, so clearing up has a thread of its own."""
+    store, settings = DutyStore(house.database), house.settings
+    sweeper, housekeeper = _sweeper(house), _housekeeper(house)
+    return (
+        Duty(
+            "sweep",
+            store,
+            lambda _: sweeper.sweep(),
+            every_seconds=settings.sweep_seconds,
+            patience_seconds=30,
+        ),
+        Duty(
+            "housekeeping",
+            store,
+            housekeeper.clear_up,
+            every_seconds=settings.housekeeping_seconds,
+            patience_seconds=5,
+        ),
+    )
 
 
 def _sweeper(house: House) -> Sweeper:
@@ -114,27 +137,18 @@ def _sweeper(house: House) -> Sweeper:
         lease_seconds=house.connections.lease_seconds,
         patience_seconds=house.settings.placement_seconds,
     )
-    return Sweeper(house.parts, placement, house.dispatcher, _rhythm(house.settings))
-
-
-def _rhythm(settings: Settings) -> Rhythm:
-    return Rhythm(
-        sweep_seconds=settings.sweep_seconds,
-        resend_after_seconds=settings.resend_after_seconds,
-    )
+    return Sweeper(house.parts, placement, house.dispatcher, house.settings.resend_after_seconds)
 
 
 def _housekeeper(house: House) -> Housekeeper:
     settings = house.settings
     keeping = Keeping(
-        every_seconds=settings.housekeeping_seconds,
         quiet_seconds=2 * house.connections.lease_seconds,
         keep_keys_seconds=settings.idempotency_seconds,
         expire_artifacts=settings.expire_artifacts,
         cache_bytes=settings.cache_bytes,
     )
-    workspace = house.connections.workspace
-    ended = EndedJobs(house.database)
+    ended, workspace = EndedJobs(house.database), house.connections.workspace
     return Housekeeper(house.jobs, house.parts, house.workers, ended, house.objects, workspace, keeping)
 
 

@@ -24,9 +24,9 @@ from service.contract.job import Event, Job, Mark, Status
 from service.contract.resources import MERGES, Resource, resource_named
 from service.contract.stages import STAGES, NewPart, PartMessage, Stage
 from service.stores.database import Database, now
-from service.stores.parts import ask_for, ready_messages, reopen, withdraw
 from service.stores.records import ACTIVE, event_of, is_committing, lock_job, overlaps, record, views
 from service.stores.schema import events, idempotency_keys, jobs, labels, parts
+from service.stores.transitions import ask_for, ready_messages, reopen, withdraw
 
 MARKS_AT_ONCE = 1000  # SQLite takes no more than 32,766 parameters
 FULL_RETRY_SECONDS = 10

@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, or_, select, update
+from sqlalchemy import Connection, Row, delete, func, select, update
 from sqlalchemy import case as sql_case
 
 from service.contract.asked import stored_recipe
 from service.contract.errors import DeadlineExceeded, Failure, Stopped
-from service.contract.job import FailureRecord, Status
+from service.contract.job import Status
 from service.contract.parts import Claim, Counters, Done, SoFar
-from service.contract.stages import ORDER, STAGES, NewPart, PartMessage, Queue, Stage
+from service.contract.stages import STAGES, PartMessage, Queue, Stage
 from service.stores.claiming import next_job, next_part, note_turn
 from service.stores.database import Database, now
 from service.stores.losing import LETHAL, lost, was_silent
 from service.stores.records import ACTIVE, is_committing, lock_job, record, touch
-from service.stores.schema import idempotency_keys, jobs, leaders, parts
+from service.stores.schema import idempotency_keys, jobs, parts
+from service.stores.transitions import ask_for, end_job, fail_job, is_part, mark_sent, move_on, unclaimed
 from service.stores.workers import at_work, serving
 
 BACKOFF_SECONDS = 2.0
@@ -78,7 +79,7 @@ class PartStore:
         token = secrets.token_hex(16)
         row = connection.execute(
             update(parts)
-            .where(*_is(message), parts.c.state == "ready")
+            .where(*is_part(message), parts.c.state == "ready")
             .values(
                 state="claimed",
                 claim=token,
@@ -151,9 +152,9 @@ class PartStore:
             record(connection, claim.job_id, "part.done", _named(claim), warnings=warnings)
             ask_for(connection, claim.job_id, done.parts, ready=None)
             if done.status is not None:
-                _end(connection, claim.job_id, done)
+                end_job(connection, claim.job_id, done)
                 return []
-            return _move_on(connection, claim)
+            return move_on(connection, claim)
 
     def fail(self, claim: Claim, failure: Failure) -> bool:
         """Try the part again later where that may help, else fail the job. True where the job has failed."""
@@ -167,7 +168,7 @@ class PartStore:
         with self._database.write() as connection:
             lock_job(connection, claim.job_id)
             held = connection.execute(
-                update(parts).where(*held_by(claim)).values(**_unclaimed(), tries=parts.c.tries - 1, not_before=now())
+                update(parts).where(*held_by(claim)).values(**unclaimed(), tries=parts.c.tries - 1, not_before=now())
             ).rowcount
             return PartMessage(claim.stage, claim.job_id, claim.part) if held else None
 
@@ -213,22 +214,6 @@ class PartStore:
                 counted[STAGES[Stage(stage)].queue, OPEN[state]] += count
         return counted
 
-    def elect(self, duty: str, owner: str, seconds: float) -> bool:
-        """Whether ``owner`` has the duty for the next ``seconds``: one sweeps, and another takes over if it dies."""
-        with self._database.write() as connection:
-            self._database.serialize(connection, f"duty:{duty}")
-            row = connection.execute(select(leaders).where(leaders.c.duty == duty)).one_or_none()
-            values = {"owner": owner, "until": now() + seconds}
-            if row is None:
-                connection.execute(leaders.insert().values(duty=duty, **values))
-                return True
-            free = or_(leaders.c.owner == owner, leaders.c.until < now())
-            return bool(connection.execute(update(leaders).where(leaders.c.duty == duty, free).values(values)).rowcount)
-
-    def resign(self, duty: str, owner: str) -> None:
-        with self._database.write() as connection:
-            connection.execute(delete(leaders).where(leaders.c.duty == duty, leaders.c.owner == owner))
-
     def due(self, resend_after_seconds: float, limit: int) -> list[PartMessage]:
         """Parts that are ready and were never sent, or so long ago that their message may be lost. Marks them sent.
 
@@ -244,7 +229,7 @@ class PartStore:
                 limit = min(self._idle(connection, queue), RESEND_WINDOW)
                 first = _ready(connection, parts.c.stage.in_(stages), limit=limit)
                 messages += [message for message in first if _is_late(connection, message, late)]
-            _mark_sent(connection, messages)
+            mark_sent(connection, messages)
             return messages
 
     def _idle(self, connection: Connection, queue: Queue) -> int:
@@ -256,13 +241,13 @@ class PartStore:
     def mark_sent(self, messages: Sequence[PartMessage]) -> None:
         """Note that these parts were rung for, so that the sweeper leaves them be for a while."""
         with self._database.write() as connection:
-            _mark_sent(connection, messages)
+            mark_sent(connection, messages)
 
     def mark_unsent(self, messages: Sequence[PartMessage]) -> None:
         """Note that the broker did not take these, so that the sweeper sends them when it can."""
         with self._database.write() as connection:
             for message in messages:
-                connection.execute(update(parts).where(*_is(message)).values(sent_at=None))
+                connection.execute(update(parts).where(*is_part(message)).values(sent_at=None))
 
     def take_back_expired(self) -> int:
         """Make ready again, or fail, the parts whose workers have not been heard from; returns how many."""
@@ -337,117 +322,11 @@ class PartStore:
         connection.execute(
             update(parts)
             .where(parts.c.job_id == row.job_id, parts.c.stage == row.stage, parts.c.part == row.part)
-            .values(**_unclaimed(), not_before=now() + wait)
+            .values(**unclaimed(), not_before=now() + wait)
         )
         data = {"stage": row.stage, "part": row.part, "name": row.name, "attempt": row.attempt}
         record(connection, row.job_id, "part.retried", {**data, "code": failure.code, "detail": failure.detail})
         return False
-
-
-def fail_job(connection: Connection, job_id: str, failure: Failure) -> None:
-    """End a job over ``failure``; its open parts are withdrawn."""
-    error = FailureRecord.of(failure).model_dump(mode="json")
-    withdraw(connection, job_id)
-    ended = {"status": Status.FAILED.value, "finished_at": now(), "queue": None}
-    record(connection, job_id, "job.failed", error, **ended, error=error)
-
-
-def withdraw(connection: Connection, job_id: str) -> None:
-    """Take back a job's open parts, so that no worker's later write counts."""
-    connection.execute(
-        update(parts)
-        .where(parts.c.job_id == job_id, parts.c.state != "done")
-        .values(state="cancelled", claim=None, owner=None, lease_until=None, committing=False)
-    )
-
-
-def ask_for(connection: Connection, job_id: str, new: Sequence[NewPart], *, ready: Stage | None) -> None:
-    """Add parts to a job: those of the stage ``ready`` may be claimed at once, the others wait for their stage."""
-    rows = [
-        {
-            "job_id": job_id,
-            "stage": part.stage.value,
-            "part": part.part,
-            "name": part.name,
-            "state": "ready" if part.stage is ready else "waiting",
-            "weight": part.weight,
-            "tries": 0,
-            "attempt": 0,
-            "committing": False,
-            "not_before": 0.0,
-            "tensors_done": 0,
-            "tensors_total": part.tensors_total,
-            "peak_bytes": part.peak_bytes,
-            "deaths": 0,
-            "bytes_read": 0,
-            "bytes_written": 0,
-        }
-        for part in new
-    ]
-    if rows:
-        connection.execute(parts.insert(), rows)
-
-
-def reopen(connection: Connection, job_id: str) -> Stage | None:
-    """Open a job's undone parts again, with fresh tries; returns the stage that goes on."""
-    connection.execute(
-        update(parts)
-        .where(parts.c.job_id == job_id, parts.c.state != "done")
-        .values(**_unclaimed(), tries=0, deaths=0, not_before=0.0)
-        .values(state="waiting")
-    )
-    return _open_next_stage(connection, job_id)
-
-
-def ready_messages(connection: Connection, job_id: str) -> list[PartMessage]:
-    """What to send for the parts of a job that may be claimed."""
-    rows = connection.execute(
-        select(parts.c.stage, parts.c.part).where(parts.c.job_id == job_id, parts.c.state == "ready")
-    )
-    return [PartMessage(Stage(row.stage), job_id, row.part) for row in rows]
-
-
-def _open_next_stage(connection: Connection, job_id: str) -> Stage | None:
-    found = connection.execute(
-        select(parts.c.stage).where(parts.c.job_id == job_id, parts.c.state != "done").distinct()
-    ).scalars()
-    waiting = {Stage(stage) for stage in found}
-    upcoming = next((stage for stage in ORDER if stage in waiting), None)
-    if upcoming is not None:
-        connection.execute(
-            update(parts)
-            .where(parts.c.job_id == job_id, parts.c.stage == upcoming.value, parts.c.state == "waiting")
-            .values(state="ready", sent_at=None)
-        )
-        connection.execute(update(jobs).where(jobs.c.id == job_id).values(queue=STAGES[upcoming].queue.value))
-    return upcoming
-
-
-def _move_on(connection: Connection, claim: Claim) -> list[PartMessage]:
-    left = select(func.count()).where(
-        parts.c.job_id == claim.job_id, parts.c.stage == claim.stage.value, parts.c.state != "done"
-    )
-    if connection.execute(left).scalar_one():
-        return []
-    _open_next_stage(connection, claim.job_id)
-    messages = ready_messages(connection, claim.job_id)
-    _mark_sent(connection, messages)
-    return messages
-
-
-def _end(connection: Connection, job_id: str, done: Done) -> None:
-    status = done.status or Status.SUCCEEDED
-    withdraw(connection, job_id)
-    record(
-        connection,
-        job_id,
-        f"job.{status.value}",
-        {"status": status.value},
-        status=status.value,
-        finished_at=now(),
-        queue=None,
-        result=dict(done.result or {}),
-    )
 
 
 def _ready(connection: Connection, condition: Any, *, limit: int) -> list[PartMessage]:
@@ -462,26 +341,13 @@ def _ready(connection: Connection, condition: Any, *, limit: int) -> list[PartMe
 
 
 def _is_late(connection: Connection, message: PartMessage, late: Any) -> bool:
-    return connection.execute(select(parts.c.part).where(*_is(message), parts.c.sent_at < late)).first() is not None
-
-
-def _mark_sent(connection: Connection, messages: Sequence[PartMessage]) -> None:
-    for message in messages:
-        connection.execute(update(parts).where(*_is(message)).values(sent_at=now()))
-
-
-def _is(message: PartMessage) -> tuple[Any, ...]:
-    return (
-        parts.c.job_id == message.job_id,
-        parts.c.stage == message.stage.value,
-        parts.c.part == message.part,
-    )
+    return connection.execute(select(parts.c.part).where(*is_part(message), parts.c.sent_at < late)).first() is not None
 
 
 def held_by(claim: Claim) -> tuple[Any, ...]:
     """A part that is done keeps its token, and is nobody's: what comes twice counts once."""
     message = PartMessage(claim.stage, claim.job_id, claim.part)
-    return (*_is(message), parts.c.claim == claim.token, parts.c.state == "claimed")
+    return (*is_part(message), parts.c.claim == claim.token, parts.c.state == "claimed")
 
 
 def _so_far(connection: Connection, job: Row[Any]) -> SoFar:
@@ -493,17 +359,6 @@ def _so_far(connection: Connection, job: Row[Any]) -> SoFar:
 
 def _named(claim: Claim) -> dict[str, Any]:
     return {"stage": claim.stage.value, "part": claim.part, "name": claim.name, "attempt": claim.attempt}
-
-
-def _unclaimed() -> dict[str, Any]:
-    return {
-        "state": "ready",
-        "claim": None,
-        "owner": None,
-        "lease_until": None,
-        "committing": False,
-        "sent_at": None,
-    }
 
 
 def _counted(counters: Counters) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from service.contract.errors import NoWorkerFits
 from service.contract.stages import Queue
 from service.contract.workers import Worker, gigabytes
 from service.stores.database import Database, now
-from service.stores.parts import fail_job
 from service.stores.records import ACTIVE, lock_job, record
 from service.stores.schema import jobs, parts
+from service.stores.transitions import fail_job
 from service.stores.workers import serving
 
 SHOWN = 3

@@ -22,7 +22,7 @@ from service.stores.parts import PartStore
 from service.stores.placing import Placement
 from service.stores.records import ACTIVE
 from service.stores.schema import events, jobs, metadata, parts
-from service.sweeper import Rhythm, Sweeper
+from service.sweeper import Sweeper
 from tests.service.jobs_by_hand import submit_with_key
 
 ME = "anonymous"
@@ -88,7 +88,7 @@ class Machine(RuleBasedStateMachine):
         self.parts = PartStore(self.database, lease_seconds=LEASE_SECONDS, part_attempts=ATTEMPTS)
         self.bell = Bell()
         placement = Placement(self.database, lease_seconds=LEASE_SECONDS, patience_seconds=1e9)
-        self.sweeper = Sweeper(self.parts, placement, self.bell, Rhythm(resend_after_seconds=30))
+        self.sweeper = Sweeper(self.parts, placement, self.bell, resend_after_seconds=30)
         self.models: dict[str, Model] = {}
         self.keys: dict[str, str] = {}
         self.claims: list[Claim] = []  # of workers that live, whether or not they still hold their parts

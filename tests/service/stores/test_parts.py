@@ -8,6 +8,7 @@ from service.contract.job import Status
 from service.contract.parts import Counters, Done
 from service.contract.stages import NewPart, PartMessage, Stage
 from service.stores.database import Database
+from service.stores.duties import DutyStore
 from service.stores.ended import EndedJobs
 from service.stores.jobs import JobStore
 from service.stores.parts import RESEND_WINDOW, PartStore
@@ -247,15 +248,16 @@ def test_of_a_long_queue_only_the_next_are_sent_again(jobs: JobStore, parts: Par
     assert [message.part for message in parts.due(30, 1000)] == [RESEND_WINDOW], "the next moves up"
 
 
-def test_one_owner_at_a_time_has_a_duty(parts: PartStore) -> None:
-    assert sum(at_once(5, lambda i: parts.elect("sweep", f"owner {i}", 3600))) == 1
-    winner = next(f"owner {i}" for i in range(5) if parts.elect("sweep", f"owner {i}", 3600))
-    assert not parts.elect("sweep", "somebody", 3600)
-    parts.resign("sweep", "somebody")
-    assert not parts.elect("sweep", "somebody", 3600)
-    parts.resign("sweep", winner)
-    assert parts.elect("sweep", "somebody", -1)
-    assert parts.elect("sweep", "another", 3600), "a duty that ran out is free"
+def test_one_owner_at_a_time_has_a_duty(database: Database) -> None:
+    duties = DutyStore(database)
+    assert sum(at_once(5, lambda i: duties.elect("sweep", f"owner {i}", 3600))) == 1
+    winner = next(f"owner {i}" for i in range(5) if duties.elect("sweep", f"owner {i}", 3600))
+    assert not duties.elect("sweep", "somebody", 3600)
+    duties.resign("sweep", "somebody")
+    assert not duties.elect("sweep", "somebody", 3600)
+    duties.resign("sweep", winner)
+    assert duties.elect("sweep", "somebody", -1)
+    assert duties.elect("sweep", "another", 3600), "a duty that ran out is free"
 
 
 def test_the_times_of_a_job_are_the_databases(jobs: JobStore, parts: PartStore, database: Database) -> None:
