@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,3 +63,9 @@ class Buffers:
 def _capacity(size: int) -> int:
     """The power of two that holds ``size`` bytes: one of few, which the next may want; untouched pages cost nothing."""
     return 1 << (max(size, SMALLEST_BYTES) - 1).bit_length()
+
+
+def bytes_of(buffer: Tensor) -> memoryview:
+    """The memory of a tensor of bytes."""
+    array: Any = buffer.numpy()
+    return memoryview(array)

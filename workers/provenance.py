@@ -13,9 +13,10 @@ from service.contract.asked import AnyRecipe
 from service.contract.job import Artifact
 from service.contract.plan import Pinned, Plan
 from service.stores.objects import failures
-from workers.tensors import chunks, write_artifact
+from workers.tensors import chunks
 from workers.version import ENGINE, library_versions
 from workers.work import Work
+from workers.writing import write_artifact
 
 FILE_LIMIT_BYTES = 4 << 30
 HASHERS = 4

@@ -15,7 +15,8 @@ from service.contract.plan import Pinned
 from service.contract.samples import DIAGONAL, FACTOR, ROWS
 from service.stores.objects import Objects
 from workers.statistics import Statistic
-from workers.tensors import NAMES, Reading, TensorReader, TensorWriter
+from workers.tensors import NAMES, Reading, TensorReader
+from workers.writing import TensorWriter
 
 
 def named_tensors(statistics: Mapping[str, Statistic]) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from service.contract.recipe import Recipe, canonical_sha256
 from service.contract.search import SCALING, Search
 from service.stores.objects import ObjectMissing, failures
 from workers.chosen import as_tried
-from workers.tensors import DTYPES, TensorReader, batches, write_artifact
+from workers.tensors import DTYPES, TensorReader, batches
 from workers.work import Work
+from workers.writing import write_artifact
 
 BATCH_BYTES = 256 << 20
 POINTER_LIMIT_BYTES = 1 << 20

@@ -16,9 +16,10 @@ from service.contract.errors import InputChanged
 from service.stores.base import ObjectChanged
 from service.stores.local import LocalStore, LocalWriter
 from service.stores.objects import Objects
-from workers import tensors
+from workers import tensors, writing
 from workers.buffers import SMALLEST_BYTES, Buffers
-from workers.tensors import TensorReader, TensorWriter, as_bytes, read_ahead
+from workers.tensors import TensorReader, read_ahead
+from workers.writing import TensorWriter, as_bytes
 
 MANY = 1 << 30
 
@@ -128,8 +129,8 @@ class SlowStore(LocalStore):
 def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """A file of tensors of many sizes, read in tiny spans."""
     monkeypatch.setattr(tensors, "SPAN_BYTES", 1 << 16)
-    monkeypatch.setattr(tensors, "WRITE_BEHIND_BYTES", 1 << 17)
-    monkeypatch.setattr(tensors, "WRITE_BYTES", 1 << 14)
+    monkeypatch.setattr(writing, "WRITE_BEHIND_BYTES", 1 << 17)
+    monkeypatch.setattr(writing, "WRITE_BYTES", 1 << 14)
     generator = torch.Generator().manual_seed(3)
     sizes = [70_000, 10, 20_000, 33_333, 1, 150_000, 8_000, 40_000, 40_000, 12_345]
     made = {f"t{index}": torch.randn(size, generator=generator) for index, size in enumerate(sizes)}

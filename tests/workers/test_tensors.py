@@ -16,18 +16,8 @@ from service.contract.plan import Pinned
 from service.stores.local import LocalStore
 from service.stores.objects import Objects
 from workers import tensors
-from workers.tensors import (
-    DTYPES,
-    GAP_BYTES,
-    SPAN_BYTES,
-    TensorReader,
-    TensorWriter,
-    as_bytes,
-    batches,
-    chunks,
-    plan_spans,
-    write_artifact,
-)
+from workers.tensors import DTYPES, GAP_BYTES, SPAN_BYTES, TensorReader, batches, chunks, plan_spans
+from workers.writing import TensorWriter, as_bytes, write_artifact
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from workers.machine import allow_tf32
 from workers.merging import analyze_tensor
 from workers.sources import Sources
 from workers.stages.merge import kept, totals
-from workers.tensors import TensorReader, write_artifact
+from workers.tensors import TensorReader
 from workers.trim_log import layer_of
 from workers.work import Work
+from workers.writing import write_artifact
 
 
 def run(work: Work) -> Done:

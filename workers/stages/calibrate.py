@@ -28,9 +28,10 @@ from workers.statistics import Statistic
 from workers.statistics_file import StatisticsFile, write_statistics
 from workers.streaming import bytes_in_memory, load_streamed
 from workers.survey import as_json, survey
-from workers.tensors import TensorReader, batches, write_artifact
+from workers.tensors import TensorReader, batches
 from workers.version import ENGINE
 from workers.work import Work
+from workers.writing import write_artifact
 
 BATCH_SIZE = 16
 BATCH_BYTES = 64 << 20

@@ -26,9 +26,10 @@ from workers.recording import notices, usage
 from workers.report import Facts, build_report, render_card, render_html
 from workers.scores import doubts, measured, task_scores
 from workers.search_summary import summary
-from workers.tensors import NAMES, TensorReader, TensorWriter, chunks, write_artifact
+from workers.tensors import NAMES, TensorReader, chunks
 from workers.trim_log import summarize
 from workers.work import Work
+from workers.writing import TensorWriter, write_artifact
 
 LOG_LIMIT_BYTES = 4 << 30
 TYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -19,8 +19,8 @@ from workers.page import render_page
 from workers.provenance import digested, digests, made_by, manifest_of, told, write
 from workers.recording import notices, usage
 from workers.standing import evaluated, judged, uncertain
-from workers.tensors import write_artifact
 from workers.work import Work
+from workers.writing import write_artifact
 
 
 def run(work: Work) -> Done:

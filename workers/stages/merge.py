@@ -20,8 +20,9 @@ from workers.conflict import Conflict
 from workers.machine import allow_tf32
 from workers.merging import Merged, merge_tensor, merge_unread
 from workers.sources import Found, Group, Sources
-from workers.tensors import NAMES, TensorReader, TensorWriter, write_artifact
+from workers.tensors import NAMES, TensorReader
 from workers.work import Work
+from workers.writing import TensorWriter, write_artifact
 
 
 def run(work: Work) -> Done:

@@ -20,8 +20,9 @@ from service.contract.stages import NewPart, Stage
 from service.stores.checkpoints import read_checkpoint, read_header
 from service.stores.objects import ObjectMissing, Objects, failures
 from workers.skeleton import read_skeleton
-from workers.tensors import TensorReader, write_artifact
+from workers.tensors import TensorReader
 from workers.work import Work
+from workers.writing import write_artifact
 
 MANIFEST_LIMIT_BYTES = 256 << 20
 CALIBRATE_WEIGHT, EVALUATE_WEIGHT, FINALIZE_WEIGHT = 2.0, 0.7, 1.0
