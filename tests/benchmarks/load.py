@@ -352,7 +352,7 @@ def stages_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = ("jobs", "streams", "broker", "overhead", "spread")
-    parser.add_argument("sections", nargs="*", choices=[*sections, []], default=list(sections), metavar="section")
+    parser.add_argument("sections", nargs="*", choices=[*sections, []], default=[], metavar="section")
     parser.add_argument("--jobs", type=int, nargs="*", default=[0, 10_000, 100_000], help="stored, when measuring jobs")
     parser.add_argument("--streams", type=int, default=1000)
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64], help="simulated ones")
@@ -364,7 +364,7 @@ def main() -> None:
         "overhead": lambda folder: measure_overhead(folder, jobs=20, parts=100),
         "spread": lambda folder: spread.measure(folder, options.workers),
     }
-    for section in options.sections:
+    for section in options.sections or sections:
         print(f"\n**{section}** (load average {os.getloadavg()[0]:.1f})\n", flush=True)
         with tempfile.TemporaryDirectory(prefix="catmerge-load-", ignore_cleanup_errors=True) as folder:
             measures[section](Path(folder).resolve())
