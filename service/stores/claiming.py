@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, or_, select, tuple_, update
 from sqlalchemy import case as sql_case
 
 from service.contract.job import Status
@@ -151,6 +151,8 @@ def note_turn(connection: Connection, job_id: str) -> None:
 def queue_positions(connection: Connection, rows: Sequence[Row[Any]]) -> dict[str, int]:
     """The place of each queued job among ``rows``: 1 is begun next, as far as one can tell before parts have ended."""
     queued = [row for row in rows if row.status == Status.QUEUED]
+    if not queued:
+        return {}
     places = _places(connection, queued)
     positions = {}
     for queue in {row.queue for row in queued}:
@@ -163,28 +165,25 @@ def queue_positions(connection: Connection, rows: Sequence[Row[Any]]) -> dict[st
 
 
 def _places(connection: Connection, queued: Sequence[Row[Any]]) -> dict[str, int]:
-    """Each job's place among its caller's own."""
-    if not queued:
-        return {}
-    own = jobs.alias()
-    is_ahead = and_(
-        own.c.queue == jobs.c.queue,
-        own.c.caller == jobs.c.caller,
-        own.c.status == Status.QUEUED.value,
-        _is_before(own, jobs),
-    )
-    counts = connection.execute(
-        select(jobs.c.id, func.count(own.c.id) + 1)
-        .outerjoin(own, is_ahead)
-        .where(jobs.c.id.in_([row.id for row in queued]))
-        .group_by(jobs.c.id)
-    )
-    return dict(counts.all())
+    """Each job's place among its caller's own: of one job by those before it, of many by counting all lines once."""
+    if len(queued) == 1:
+        ahead = select(func.count()).where(*_own_line(queued), _is_before(queued[0]))
+        return {queued[0].id: connection.execute(ahead).scalar_one() + 1}
+    in_line = [jobs.c.priority.desc(), jobs.c.turn_at, jobs.c.id]
+    place = func.row_number().over(partition_by=[jobs.c.queue, jobs.c.caller], order_by=in_line)
+    lines = select(jobs.c.id, place.label("place")).where(*_own_line(queued)).subquery()
+    return dict(connection.execute(select(lines).where(lines.c.id.in_([row.id for row in queued]))).all())
 
 
-def _is_before(one: Any, other: Any) -> ColumnElement[bool]:
-    is_older = or_(one.c.turn_at < other.c.turn_at, and_(one.c.turn_at == other.c.turn_at, one.c.id < other.c.id))
-    return or_(one.c.priority > other.c.priority, and_(one.c.priority == other.c.priority, is_older))
+def _own_line(queued: Sequence[Row[Any]]) -> tuple[ColumnElement[bool], ...]:
+    """The queued jobs of the same callers in the same queues."""
+    lines = sorted({(row.queue, row.caller) for row in queued})
+    return jobs.c.status == Status.QUEUED.value, tuple_(jobs.c.queue, jobs.c.caller).in_(lines)
+
+
+def _is_before(row: Row[Any]) -> ColumnElement[bool]:
+    is_older = tuple_(jobs.c.turn_at, jobs.c.id) < tuple_(row.turn_at, row.id)
+    return or_(jobs.c.priority > row.priority, and_(jobs.c.priority == row.priority, is_older))
 
 
 def _totals(connection: Connection, queue: str) -> dict[str, int]:

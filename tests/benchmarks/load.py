@@ -1,6 +1,6 @@
 """Measures the service under load: real API and workers, real PostgreSQL and Valkey, all on this machine.
 
-    python -m tests.benchmarks.load                       # everything, a quarter of an hour
+    python -m tests.benchmarks.load                       # everything, six minutes on an idle machine
     python -m tests.benchmarks.load jobs --jobs 0 10000   # some of it: jobs, streams, broker, overhead, spread
 
 **jobs**: submits a second by eight callers, and what one caller waits for submits, looks and lists while so many jobs

@@ -16,7 +16,7 @@ from service.contract.parts import Claim, Counters, Done
 from service.contract.stages import NewPart, Queue, Stage
 from service.stores.claiming import QUANTUM
 from service.stores.database import Database
-from service.stores.jobs import JobStore
+from service.stores.jobs import JobStore, Listing
 from service.stores.parts import PartStore
 from service.stores.schema import jobs as job_table
 from service.stores.schema import parts as table
@@ -181,6 +181,8 @@ def test_queued_jobs_know_their_places(jobs: JobStore, parts: PartStore) -> None
     claim(parts, submit(jobs, caller="c").id)
     queued = [submit(jobs, caller=caller, priority=priority) for caller, priority in asked]
     places = {job.id: jobs.get(job.caller, job.id).queue_position for job in queued}
+    listed = [job for caller in "abc" for job in jobs.page(Listing(caller, status=Status.QUEUED))[0]]
+    assert {job.id: job.queue_position for job in listed} == places
     begun = [take(parts, Queue.LIGHT).job_id for _ in queued]
     assert sorted(places, key=lambda job_id: places[job_id] or 0) == begun
     assert sorted(places.values()) == list(range(1, len(queued) + 1))  # type: ignore[type-var]
