@@ -185,7 +185,8 @@ def test_a_worker_that_is_asked_to_stop(
 ) -> None:
     """It gives its part back: nobody waits for a lease, and nothing counts as tried in vain."""
     job_id = worker.submit(recipe(pair))["id"]
-    until(lambda: states(database, job_id, "merge").get("done", 0) > 1, "parts are merged", worker.logs, every=0.01)
+    frozen_at_work(worker, database, job_id)
+    worker.worker.signal(signal.SIGCONT)
     assert worker.worker.stop() == 0
     assert not states(database, job_id, "merge").get("claimed", 0)
     assert worker.job(job_id)["status"] == "running"
