@@ -14,7 +14,7 @@ from torch import Tensor
 
 from service.contract.adapter import on_base
 from service.contract.checkpoint import DTYPE_BYTES, Checkpoint, CheckpointFile, LowRank, TensorInfo
-from service.contract.errors import BadInput, InputChanged, WorkerError
+from service.contract.errors import BadInput, InputChanged
 from service.contract.plan import Pinned
 from service.stores.checkpoints import read_checkpoint
 from service.stores.objects import NearObject, Objects, failures
@@ -118,7 +118,7 @@ class TensorReader:
         """Whether all lie on this machine, as whole models, so that they may stay ``unread`` until they are needed."""
         if any(checkpoint.adapter is not None for checkpoint in checkpoints):
             return False
-        return all(self._is_near(checkpoint.files[0]) for checkpoint in checkpoints)
+        return all(self._is_near(file) for checkpoint in checkpoints for file in checkpoint.files)
 
     def _is_near(self, file: CheckpointFile) -> bool:
         with failures():
@@ -144,9 +144,8 @@ class TensorReader:
         if file is None:
             etags = {file.address: file.etag for file in checkpoint.files}
             with failures():
-                file = self._objects.near(info.file, etags[info.file])
-            if file is None:
-                raise WorkerError(f"{info.file} is not on this machine", tensor=info.name)
+                near = self._objects.near(info.file, etags[info.file])
+            file = near or _Far(self._objects, info.file, etags[info.file])
             self._files[info.file] = file
         return Unread(file, info.start, DTYPES[info.dtype], info.shape)
 
@@ -179,6 +178,24 @@ class TensorReader:
         with failures():
             piece = view[offset : offset + SPAN_BYTES]
             self._objects.read(span.file, span.start + offset, piece, etag=etag)
+
+
+@dataclass(frozen=True)
+class _Far:
+    """A file that was near, read from its store: what is kept of a store's objects may go meanwhile."""
+
+    objects: Objects
+    address: str
+    etag: str
+
+    def expect(self, start: int, size: int) -> None:
+        """A store has no use for it."""
+
+    def read(self, start: int, into: memoryview) -> None:
+        self.objects.read(self.address, start, into, etag=self.etag)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 @dataclass(frozen=True)

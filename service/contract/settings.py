@@ -39,7 +39,8 @@ class Connections(Frozen):
     ``object_store`` is ``s3`` for an S3 server, or ``file:///folder``: then ``s3://bucket/key`` lives at
     ``folder/bucket/key``. ``buckets`` are the buckets that recipes may name (None: any), ``file_roots`` the folders
     under which they may name ``file:///`` addresses (none by default). ``workspace`` is where caches, scratch and
-    results without an address of their own go. Without keys or a region, boto3's own chain finds them.
+    results without an address of their own go. Without keys or a region, boto3's own chain finds them. ``input_cache``
+    is the folder in which the workers of a machine keep what they read from an S3 server, up to ``input_cache_bytes``.
     """
 
     database_url: str = Field(default_factory=_default_database)
@@ -53,6 +54,8 @@ class Connections(Frozen):
     buckets: tuple[str, ...] | None = None
     file_roots: tuple[Path, ...] = ()
     workspace: str = "s3://catmerge/"
+    input_cache: Path | None = None
+    input_cache_bytes: int | None = Field(None, ge=1)
     lease_seconds: int = Field(60, ge=2, le=3600)
     heartbeat_seconds: int = Field(10, ge=1, le=1800)
     part_attempts: int = Field(3, ge=1, le=100)
@@ -65,6 +68,7 @@ class Connections(Frozen):
                 f"{variable('s3_access_key')} and {variable('s3_secret_key')} go together: set both, "
                 "or neither to use the credentials boto3 finds by itself"
             )
+        _check_input_cache(self)
         if 2 * self.heartbeat_seconds > self.lease_seconds:
             raise SettingsError(
                 f"{variable('heartbeat_seconds')} is {self.heartbeat_seconds}, but one late beat must not lose a lease "
@@ -105,6 +109,17 @@ def _text(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or ","  # an empty variable would count as not set
     return str(value)
+
+
+def _check_input_cache(settings: Connections) -> None:
+    folder = settings.input_cache
+    if (folder is None) != (settings.input_cache_bytes is None):
+        raise SettingsError(
+            f"{variable('input_cache')} and {variable('input_cache_bytes')} go together: set both, the folder and how "
+            "many bytes of its disk may be taken, or neither to keep no inputs"
+        )
+    if folder is not None and not folder.is_absolute():
+        raise SettingsError(f"{variable('input_cache')} is {str(folder)!r}: write an absolute path")
 
 
 def _check_addresses(settings: Connections) -> None:

@@ -25,6 +25,8 @@ from service.stores.base import (
     Unfinished,
     parse_address,
 )
+from service.stores.blocks import Blocks
+from service.stores.cached import CachedStore
 from service.stores.local import LocalStore
 from service.stores.s3 import S3Store
 
@@ -143,9 +145,12 @@ class Objects:
         return self._buckets is None or bucket in self._buckets
 
 
-def open_objects(connections: Connections) -> Objects:
-    """The stores that the settings describe."""
+def open_objects(connections: Connections, blocks: Blocks | None = None) -> Objects:
+    """The stores that the settings describe; what is read of checkpoints on a server is kept in ``blocks``."""
     stores: dict[str, ObjectStore] = {"s3": _open_s3(connections)}
+    if blocks is not None:
+        spare = tuple(connections.workspace + folder for folder in OURS)
+        stores["s3"] = CachedStore(stores["s3"], blocks, origin=connections.s3_endpoint or "", spare=spare)
     roots = connections.file_roots
     if connections.workspace.startswith("file:///"):
         roots = (*roots, Path(connections.workspace.removeprefix("file://")))

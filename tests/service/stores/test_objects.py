@@ -20,6 +20,7 @@ from service.contract import errors
 from service.contract.checkpoint import MalformedHeader
 from service.contract.settings import Connections
 from service.stores import local, s3
+from service.stores.blocks import Blocks
 from service.stores.local import LocalStore
 from service.stores.objects import (
     AccessDenied,
@@ -38,7 +39,7 @@ from tests import faulty
 from tests.faulty import StoreProxy, store_proxy
 from tests.servers import S3Server, free_port, s3_server
 
-KINDS = ("bucket-folder", "file-root", "moto", "rclone")
+KINDS = ("bucket-folder", "file-root", "moto", "rclone", "cached")
 FIRST = b"the quick brown fox"
 
 
@@ -64,10 +65,12 @@ def opened() -> Iterator[Callable[[str, Path], Shop]]:
                 return Shop(kind, _open({**environ, "CATMERGE_FILE_ROOTS": str(folder)}), f"file://{folder}/")
             if kind == "bucket-folder":
                 return Shop(kind, _open(environ), "s3://catmerge/tests/")
-            if kind not in servers:
-                servers[kind] = stack.enter_context(s3_server(kind))  # type: ignore[arg-type]
-            server = servers[kind]
-            return Shop(kind, _open(server.environment()), f"s3://catmerge/{folder.name}/", server)
+            behind = "moto" if kind == "cached" else kind
+            if behind not in servers:
+                servers[behind] = stack.enter_context(s3_server(behind))  # type: ignore[arg-type]
+            server = servers[behind]
+            blocks = Blocks(folder, 10**9) if kind == "cached" else None
+            return Shop(kind, _open(server.environment(), blocks), f"s3://catmerge/{folder.name}/", server)
 
         yield open_shop
 
@@ -77,8 +80,8 @@ def shop(request: pytest.FixtureRequest, opened: Callable[[str, Path], Shop], tm
     return opened(request.param, tmp_path)
 
 
-def _open(environ: dict[str, str]) -> Objects:
-    return open_objects(Connections.from_environment(environ))
+def _open(environ: dict[str, str], blocks: Blocks | None = None) -> Objects:
+    return open_objects(Connections.from_environment(environ), blocks)
 
 
 def _read(objects: Objects, address: str, start: int, length: int, etag: str | None = None) -> bytes:
