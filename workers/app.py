@@ -87,7 +87,7 @@ class WorkerApp(Celery):  # type: ignore[misc]  # celery ships no types
     @cached_property
     def presence(self) -> Presence:
         store = WorkerStore(Database(self.connections.database_url), lease_seconds=self.connections.lease_seconds)
-        return Presence(store, self.worker, every_seconds=self.connections.heartbeat_seconds)
+        return Presence(store, self.worker, every_seconds=self.connections.heartbeat_seconds, keeps=self.runner.keeps)
 
     def ring(self, messages: Sequence[PartMessage]) -> None:
         """Send what comes next; what the broker does not take is left to the sweeper."""

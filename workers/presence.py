@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from sqlalchemy.exc import DBAPIError
 
-from service.contract.workers import Worker
+from service.contract.workers import InputCache, Worker
 from service.stores.workers import WorkerStore
 
 logger = logging.getLogger(__name__)
 
 
 class Presence:
-    """A thread that keeps a worker's row fresh, whether it does a part or waits for one."""
+    """A thread that keeps a worker's row fresh, whether it does a part or waits for one.
 
-    def __init__(self, store: WorkerStore, worker: Worker, *, every_seconds: float) -> None:
+    ``keeps`` tells what the worker's machine keeps of inputs.
+    """
+
+    def __init__(
+        self,
+        store: WorkerStore,
+        worker: Worker,
+        *,
+        every_seconds: float,
+        keeps: Callable[[], InputCache | None] = lambda: None,
+    ) -> None:
         self._store = store
         self._worker = worker
         self._every_seconds = every_seconds
+        self._keeps = keeps
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
 
@@ -40,7 +52,7 @@ class Presence:
         say = self._store.enter
         while True:
             try:
-                say(self._worker)
+                say(self._worker, self._keeps())
                 say = self._store.seen
             except DBAPIError as error:
                 logger.warning("Could not say that this worker lives (%s); saying it again", error)

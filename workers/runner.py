@@ -17,6 +17,8 @@ from service.contract.parts import Claim, Done
 from service.contract.recipe import Recipe
 from service.contract.settings import Connections
 from service.contract.stages import STAGES, PartMessage, Queue, Stage
+from service.contract.workers import InputCache
+from service.stores.cached import input_cache, open_blocks
 from service.stores.database import Database, is_outage
 from service.stores.objects import open_objects
 from service.stores.parts import MAX_BYTES, PartStore
@@ -59,7 +61,8 @@ class Runner:
         self._queues = queues
         self._usable_bytes = usable_bytes
         self._last: Queue | None = None
-        self._objects = open_objects(connections)
+        self._blocks = open_blocks(connections)
+        self._objects = open_objects(connections, self._blocks)
         self._database = Database(connections.database_url)
         self._parts = PartStore(
             self._database,
@@ -84,7 +87,7 @@ class Runner:
         The queues take turns where both have parts, so that neither waits for the other to be empty.
         """
         queues = sorted(self._queues, key=lambda queue: queue is self._last)
-        claim = self._parts.claim_next(queues, self._owner, self._usable_bytes)
+        claim = self._parts.claim_next(queues, self._owner, self._usable_bytes, self._kept())
         if claim is None:
             return False
         self._last = STAGES[claim.stage].queue
@@ -97,6 +100,14 @@ class Runner:
         if done is not None:
             self._move_on(claim, done, watch)
         return True
+
+    def _kept(self) -> dict[str, int]:
+        """Bytes that this machine keeps, by the address of their file."""
+        return {} if self._blocks is None else {kept.address: kept.nbytes for kept in self._blocks.kept()}
+
+    def keeps(self) -> InputCache | None:
+        """What this machine keeps of inputs, for others to know."""
+        return None if self._blocks is None else input_cache(self._blocks)
 
     def _heartbeat(self, claim: Claim, watch: Watch) -> Heartbeat:
         return Heartbeat(

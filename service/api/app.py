@@ -75,6 +75,7 @@ def _house(connections: Connections, settings: Settings) -> House:
     jobs = JobStore(database, max_active_jobs=settings.max_active_jobs)
     closing = threading.Event()
     parts = PartStore(database, lease_seconds=connections.lease_seconds, part_attempts=connections.part_attempts)
+    workers = WorkerStore(database, lease_seconds=connections.lease_seconds)
     return House(
         connections=connections,
         settings=settings,
@@ -82,9 +83,9 @@ def _house(connections: Connections, settings: Settings) -> House:
         objects=open_objects(connections),
         jobs=jobs,
         parts=parts,
-        workers=WorkerStore(database, lease_seconds=connections.lease_seconds),
+        workers=workers,
         dispatcher=Dispatcher(connections.broker_url),
-        metrics=Metrics(jobs, parts),
+        metrics=Metrics(jobs, parts, workers),
         closing=closing,
         lookout=Lookout(jobs.marks, closing),
     )

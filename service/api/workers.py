@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from service.api.deps import Caller, Doors
 from service.api.views import Timestamp, timestamp
 from service.contract.stages import Stage
-from service.contract.workers import LivingWorker
+from service.contract.workers import InputCache, LivingWorker
 
 router = APIRouter(prefix="/v1", tags=["workers"])
 
@@ -22,6 +22,23 @@ class PartView(BaseModel):
     stage: Stage
     part: int
     name: str | None = Field(description="What is worked on; null where it is someone else's")
+
+
+class CheckpointView(BaseModel):
+    """A checkpoint of which something is kept."""
+
+    address: str
+    bytes: int = Field(description="What is kept of it; parts of its files may be missing")
+
+
+class InputCacheView(BaseModel):
+    """What a worker's machine keeps of the inputs that it read; the processes that share it say the same."""
+
+    limit_bytes: int
+    used_bytes: int
+    found_bytes: int = Field(description="Of what this process was asked for since it started, what was there")
+    missed_bytes: int = Field(description="And what came from the object store")
+    checkpoints: list[CheckpointView] = Field(description="Those with the most bytes there, largest first")
 
 
 class WorkerView(BaseModel):
@@ -41,6 +58,7 @@ class WorkerView(BaseModel):
     started_at: Timestamp
     seen_at: Timestamp
     current: PartView | None = Field(description="null where it waits")
+    input_cache: InputCacheView | None = Field(description="null where it keeps no inputs")
 
 
 class WorkerList(BaseModel):
@@ -73,6 +91,19 @@ def _view(living: LivingWorker, caller: str) -> WorkerView:
         started_at=timestamp(living.started_at),
         seen_at=timestamp(living.seen_at),
         current=_current(living, caller),
+        input_cache=_input_cache(living.input_cache),
+    )
+
+
+def _input_cache(keeps: InputCache | None) -> InputCacheView | None:
+    if keeps is None:
+        return None
+    return InputCacheView(
+        limit_bytes=keeps.limit_bytes,
+        used_bytes=keeps.used_bytes,
+        found_bytes=keeps.found_bytes,
+        missed_bytes=keeps.missed_bytes,
+        checkpoints=[CheckpointView(address=address, bytes=nbytes) for address, nbytes in keeps.checkpoints],
     )
 
 

@@ -65,7 +65,8 @@ class PartMessage:
 class NewPart:
     """A part that a plan asks for: ``weight`` is its share of the job's work in arbitrary units.
 
-    ``peak_bytes`` is the memory that it is predicted to need; 0 where it makes do with what there is.
+    ``peak_bytes`` is the memory that it is predicted to need; 0 where it makes do with what there is. ``inputs`` are
+    addresses of files that it reads, and other parts of its stage do not.
     """
 
     stage: Stage
@@ -74,3 +75,4 @@ class NewPart:
     weight: float
     tensors_total: int = 0
     peak_bytes: int = 0
+    inputs: tuple[str, ...] = ()

@@ -28,6 +28,21 @@ class Worker:
 
 
 @dataclass(frozen=True)
+class InputCache:
+    """What a worker's machine keeps of inputs, for all the processes that share it.
+
+    Of what this process read since it started ``found_bytes`` were there, ``missed_bytes`` came from the store.
+    ``checkpoints`` are those with the most bytes there: address and bytes.
+    """
+
+    limit_bytes: int
+    used_bytes: int
+    found_bytes: int
+    missed_bytes: int
+    checkpoints: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
 class AtWork:
     """The part that a worker is doing."""
 
@@ -46,6 +61,7 @@ class LivingWorker:
     started_at: float
     seen_at: float
     at_work: AtWork | None
+    input_cache: InputCache | None = None
 
 
 def gigabytes(count: int) -> str:

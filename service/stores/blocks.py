@@ -316,7 +316,7 @@ def _describe(folder: Path, identity: Identity) -> None:
 
 
 def _folders(folder: Path) -> Iterator[Path]:
-    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+    with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield Path(entry.path)

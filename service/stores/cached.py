@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from service.contract.settings import Connections
+from service.contract.workers import InputCache
 from service.stores.base import (
     NearObject,
     ObjectChanged,
@@ -29,6 +31,8 @@ WINDOW = 16  # blocks by which the disk is judged
 PAUSE_FACTOR = 10  # a disk that is slower than the store takes a tenth of the time at most
 PAUSE_SECONDS = 10.0  # after a block could not be written
 LOCKS = 64
+SHOWN = 20
+OF_A_FOLDER = ("model.", "model-", "adapter_model.")  # how files begin whose folder is the checkpoint
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,21 @@ class _Pace:
                 if self._writing > self._fetching:
                     self.pause(PAUSE_FACTOR * self._writing)
                 self._count, self._fetching, self._writing = 0, 0.0, 0.0
+
+
+def input_cache(blocks: Blocks) -> InputCache:
+    """What there is in blocks, as workers say it: files of one checkpoint together, the largest checkpoints only."""
+    checkpoints: Counter[str] = Counter()
+    for kept in blocks.kept():
+        checkpoints[_checkpoint(kept.address)] += kept.nbytes
+    found, missed = blocks.counted
+    return InputCache(blocks.limit_bytes, blocks.used_bytes, found, missed, tuple(checkpoints.most_common(SHOWN)))
+
+
+def _checkpoint(address: str) -> str:
+    """The checkpoint that a file belongs to: a folder, or the file itself."""
+    folder, _, name = address.rpartition("/")
+    return f"{folder}/" if name.startswith(OF_A_FOLDER) else address
 
 
 def open_blocks(connections: Connections) -> Blocks | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, select, update
@@ -27,6 +28,7 @@ from service.stores.workers import at_work, serving
 BACKOFF_SECONDS = 2.0
 BACKOFF_LIMIT_SECONDS = 60.0
 MAX_BYTES = (1 << 63) - 1
+NOTHING: Mapping[str, int] = MappingProxyType({})
 OPEN = {"ready": "queued", "claimed": "running"}  # states of parts that there is work for, and their names in metrics
 SO_FAR = "so_far"  # in the output of a part that is not done yet
 RESEND_WINDOW = 64  # parts of each queue that are sent again where their messages may be lost
@@ -46,28 +48,35 @@ class PartStore:
             job = lock_job(connection, message.job_id)
             return None if job is None else self._take(connection, job, message, owner)
 
-    def claim_next(self, queues: Sequence[Queue], owner: str, usable_bytes: int = MAX_BYTES) -> Claim | None:
+    def claim_next(
+        self,
+        queues: Sequence[Queue],
+        owner: str,
+        usable_bytes: int = MAX_BYTES,
+        kept: Mapping[str, int] = NOTHING,
+    ) -> Claim | None:
         """Take the part whose turn it is in the first of these queues that has one; None where there is none.
 
-        Parts that are predicted to need more than ``usable_bytes`` of memory are left to others.
+        Parts that are predicted to need more than ``usable_bytes`` of memory are left to others. Of a job's parts the
+        first is the one of whose files the worker's machine keeps most: ``kept`` has their bytes by address.
 
         Jobs that others have locked are passed over first, and waited for where there is nothing else: a worker that
         finds nothing goes to sleep, and must have looked at everything.
         """
         for queue in queues:
-            claim = self._claim_of(queue, owner, usable_bytes)
+            claim = self._claim_of(queue, owner, usable_bytes, kept)
             if claim is not None:
                 return claim
         return None
 
-    def _claim_of(self, queue: Queue, owner: str, usable_bytes: int) -> Claim | None:
+    def _claim_of(self, queue: Queue, owner: str, usable_bytes: int, kept: Mapping[str, int]) -> Claim | None:
         patient = self._database.is_sqlite  # which lets in one writer at a time
         while True:
             with self._database.write() as connection:
                 job = next_job(connection, queue, usable_bytes, patient=patient)
                 if job is None and patient:
                     return None
-                part = None if job is None else next_part(connection, job.id, usable_bytes)
+                part = None if job is None else next_part(connection, job.id, usable_bytes, kept)
                 if job is not None and part is not None:
                     return self._take(connection, job, PartMessage(Stage(part.stage), job.id, part.part), owner)
             patient = True

@@ -100,6 +100,7 @@ parts = Table(
     Column("output", JSON(none_as_null=True)),
     Column("peak_bytes", BigInteger, nullable=False, server_default="0"),  # the memory that it will need
     Column("deaths", Integer, nullable=False, server_default="0"),  # workers it has cost since the job's last retry
+    Column("inputs", JSON(none_as_null=True)),  # addresses of the files that it reads and not all of its stage do
     Index(None, "state", "not_before"),
     Index(None, "job_id", "state", "not_before"),
 )
@@ -160,6 +161,7 @@ workers = Table(  # a row for each process that does parts
     Column("engine", String(64), nullable=False),
     Column("started_at", Double, nullable=False),
     Column("seen_at", Double, nullable=False),
+    Column("input_cache", JSON(none_as_null=True)),
 )
 
 leaders = Table(

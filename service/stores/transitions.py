@@ -36,6 +36,7 @@ def ask_for(connection: Connection, job_id: str, new: Sequence[NewPart], *, read
             "tensors_done": 0,
             "tensors_total": part.tensors_total,
             "peak_bytes": part.peak_bytes,
+            "inputs": list(part.inputs) or None,
             "deaths": 0,
             "bytes_read": 0,
             "bytes_written": 0,

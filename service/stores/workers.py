@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, select, update
 
 from service.contract.stages import Queue, Stage
-from service.contract.workers import AtWork, LivingWorker, Worker
+from service.contract.workers import AtWork, InputCache, LivingWorker, Worker
 from service.stores.database import Database, now
 from service.stores.schema import jobs, parts, workers
 
@@ -21,18 +22,19 @@ class WorkerStore:
         self._database = database
         self._lease_seconds = lease_seconds
 
-    def enter(self, worker: Worker) -> None:
+    def enter(self, worker: Worker, keeps: InputCache | None = None) -> None:
         """A worker is ready for parts."""
         with self._database.write() as connection:
             connection.execute(delete(workers).where(workers.c.id == worker.id))
-            connection.execute(workers.insert().values(**_values(worker), started_at=now(), seen_at=now()))
+            _add(connection, worker, keeps)
 
-    def seen(self, worker: Worker) -> None:
-        """A worker still lives. One that was thought gone comes back."""
+    def seen(self, worker: Worker, keeps: InputCache | None = None) -> None:
+        """A worker still lives, and its machine keeps this of inputs. One that was thought gone comes back."""
+        news = {"seen_at": now(), "input_cache": _as_json(keeps)}
         with self._database.write() as connection:
-            known = connection.execute(update(workers).where(workers.c.id == worker.id).values(seen_at=now())).rowcount
+            known = connection.execute(update(workers).where(workers.c.id == worker.id).values(news)).rowcount
             if not known:
-                connection.execute(workers.insert().values(**_values(worker), started_at=now(), seen_at=now()))
+                _add(connection, worker, keeps)
 
     def leave(self, worker_id: str) -> None:
         with self._database.write() as connection:
@@ -45,7 +47,10 @@ class WorkerStore:
                 select(workers).where(is_alive(self._lease_seconds)).order_by(workers.c.host, workers.c.id)
             ).all()
             doing = at_work(connection)
-        return [LivingWorker(_worker(row), row.started_at, row.seen_at, doing.get(row.id)) for row in rows]
+        return [
+            LivingWorker(_worker(row), row.started_at, row.seen_at, doing.get(row.id), _input_cache(row))
+            for row in rows
+        ]
 
     def forget_gone(self) -> int:
         with self._database.write() as connection:
@@ -70,6 +75,22 @@ def at_work(connection: Connection) -> dict[str, AtWork]:
         .where(parts.c.state == "claimed")
     )
     return {row.owner: AtWork(row.job_id, row.caller, Stage(row.stage), row.part, row.name) for row in rows}
+
+
+def _add(connection: Connection, worker: Worker, keeps: InputCache | None) -> None:
+    values = {**_values(worker), "input_cache": _as_json(keeps)}
+    connection.execute(workers.insert().values(**values, started_at=now(), seen_at=now()))
+
+
+def _as_json(keeps: InputCache | None) -> dict[str, Any] | None:
+    return None if keeps is None else asdict(keeps)
+
+
+def _input_cache(row: Row[Any]) -> InputCache | None:
+    if row.input_cache is None:
+        return None
+    checkpoints = tuple((address, nbytes) for address, nbytes in row.input_cache["checkpoints"])
+    return InputCache(**{**row.input_cache, "checkpoints": checkpoints})
 
 
 def _values(worker: Worker) -> dict[str, Any]:

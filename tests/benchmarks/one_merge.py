@@ -25,6 +25,7 @@ from service.contract.parts import Claim, Done, SoFar
 from service.contract.recipe import Recipe
 from service.contract.settings import Connections
 from service.contract.stages import Stage
+from service.stores.cached import open_blocks
 from service.stores.objects import open_objects
 from workers.machine import prepare
 from workers.settings import WorkerSettings
@@ -92,9 +93,10 @@ def _work(
     part: int,
     outputs: Mapping[Stage, list[dict[str, Any]]],
 ) -> Work:
+    connections = Connections.from_environment(_environment(asked))
     return Work(
         claim=Claim("benchmark", stage, part, stage.value, "token", 1, recipe, PREFIX),
-        objects=open_objects(Connections.from_environment(_environment(asked))),
+        objects=open_objects(connections, open_blocks(connections)),
         watch=Watch(lambda: True),
         workspace="s3://workspace/",
         device=device,

@@ -13,7 +13,7 @@ from service.contract.errors import BadInput, OutputTaken
 from service.contract.evaluation import SPEED, Evaluation, is_text
 from service.contract.fit import Fit, fit
 from service.contract.parts import Done
-from service.contract.plan import Plan
+from service.contract.plan import Plan, ShardPlan
 from service.contract.planning import make_plan
 from service.contract.recipe import Recipe
 from service.contract.stages import NewPart, Stage
@@ -25,6 +25,7 @@ from workers.work import Work
 from workers.writing import write_artifact
 
 MANIFEST_LIMIT_BYTES = 256 << 20
+READ_BY = {"base": "base", "expert": "task:{}"}  # the inputs of those models that are evaluated as they came
 CALIBRATE_WEIGHT, EVALUATE_WEIGHT, FINALIZE_WEIGHT = 2.0, 0.7, 1.0
 
 
@@ -59,7 +60,8 @@ def run(work: Work) -> Done:
     clear(work)
     write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
     write(work, artifacts.PLAN, plan.model_dump_json())
-    return Done(warnings=(*found.warnings, *skeleton.warnings), parts=tuple(_parts(recipe, plan)))
+    parts = tuple(_parts(recipe, plan, [base, *tasks]))
+    return Done(warnings=(*found.warnings, *skeleton.warnings), parts=parts)
 
 
 def _read_samples(objects: Objects, recipe: Recipe) -> dict[str, CheckpointFile]:
@@ -138,11 +140,12 @@ def write(work: Work, name: str, text: str) -> None:
     work.watch.step(bytes_written=artifact.size)
 
 
-def _parts(recipe: Recipe, plan: Plan) -> Iterator[NewPart]:
+def _parts(recipe: Recipe, plan: Plan, checkpoints: Sequence[Checkpoint]) -> Iterator[NewPart]:
     surveys = recipe.method.surveys and recipe.search is None  # else trials look for themselves
     if (recipe.has_features and plan.wanted()) or surveys:
         for index, task in enumerate(recipe.tasks):
-            yield NewPart(Stage.CALIBRATE, index, task.name, CALIBRATE_WEIGHT)
+            own = _addresses(plan, f"task:{task.name}")
+            yield NewPart(Stage.CALIBRATE, index, task.name, CALIBRATE_WEIGHT, inputs=own)
     merge_weight = 2.0 * len(recipe.tasks) / max(plan.bytes_in, 1)
     if recipe.search is not None:
         weight = merge_weight * plan.bytes_in + EVALUATE_WEIGHT * len(recipe.tasks)
@@ -151,24 +154,40 @@ def _parts(recipe: Recipe, plan: Plan) -> Iterator[NewPart]:
     stage = Stage.ANALYZE if recipe.mode == "analysis" else Stage.MERGE
     for index, shard in enumerate(plan.shards):
         peak = peaks.of_shard(recipe, shard)
-        yield NewPart(stage, index, shard.file, merge_weight * shard.bytes_in, len(shard.tensors), peak)
+        weight, files = merge_weight * shard.bytes_in, _files(shard, checkpoints)
+        yield NewPart(stage, index, shard.file, weight, len(shard.tensors), peak, files)
     if recipe.evaluation is not None:
-        yield from _baseline_parts(recipe, recipe.evaluation, plan, merge_weight)
+        yield from _baseline_parts(recipe, recipe.evaluation, plan, merge_weight, checkpoints)
         yield from _evaluation_parts(recipe.evaluation, plan)
     yield NewPart(Stage.FINALIZE, 0, "finalize", FINALIZE_WEIGHT)
 
 
-def _baseline_parts(recipe: Recipe, evaluation: Evaluation, plan: Plan, merge_weight: float) -> Iterator[NewPart]:
+def _addresses(plan: Plan, role: str) -> tuple[str, ...]:
+    return tuple(file.address for file in plan.inputs.get(role, ()))
+
+
+def _files(shard: ShardPlan, checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """The files in which a shard's tensors lie, where a checkpoint has several: every shard reads of a single one."""
+    names = [tensor.name for tensor in shard.tensors]
+    sharded = [checkpoint.tensors for checkpoint in checkpoints if len(checkpoint.files) > 1]
+    return tuple(sorted({tensors[name].file for tensors in sharded for name in names if name in tensors}))
+
+
+def _baseline_parts(
+    recipe: Recipe, evaluation: Evaluation, plan: Plan, merge_weight: float, checkpoints: Sequence[Checkpoint]
+) -> Iterator[NewPart]:
     """Every shard once more for each baseline, after those of the result."""
     every = [(name, shard) for name in evaluation.baselines for shard in plan.shards]
     for index, (name, shard) in enumerate(every, len(plan.shards)):
         weight, peak = merge_weight * shard.bytes_in, peaks.of_baseline(recipe, shard, name)
-        yield NewPart(Stage.MERGE, index, f"{name}/{shard.file}", weight, len(shard.tensors), peak)
+        files = _files(shard, checkpoints)
+        yield NewPart(Stage.MERGE, index, f"{name}/{shard.file}", weight, len(shard.tensors), peak, files)
 
 
 def _evaluation_parts(evaluation: Evaluation, plan: Plan) -> Iterator[NewPart]:
     """One for each model on each task, and one that looks at speed."""
     peak = peaks.of_model(plan)
     for index, (row, model) in enumerate(evaluation.parts):
-        yield NewPart(Stage.EVALUATE, index, f"{row.task}/{model}", EVALUATE_WEIGHT, peak_bytes=peak)
+        own = _addresses(plan, READ_BY.get(model, "").format(row.task))
+        yield NewPart(Stage.EVALUATE, index, f"{row.task}/{model}", EVALUATE_WEIGHT, peak_bytes=peak, inputs=own)
     yield NewPart(Stage.EVALUATE, len(evaluation.parts), SPEED, EVALUATE_WEIGHT, peak_bytes=peaks.of_speed(plan))

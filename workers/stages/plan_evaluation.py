@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from service.contract import artifacts
 from service.contract.checkpoint import Checkpoint
@@ -48,12 +48,14 @@ def run(work: Work) -> Done:
     clear(work)
     write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
     write(work, artifacts.PLAN, plan.model_dump_json())
-    return Done(warnings=plan.warnings, parts=tuple(_parts(recipe, plan)))
+    return Done(warnings=plan.warnings, parts=tuple(_parts(recipe, plan, wholes)))
 
 
-def _parts(recipe: EvaluationRecipe, plan: Plan) -> Iterator[NewPart]:
+def _parts(recipe: EvaluationRecipe, plan: Plan, wholes: Mapping[str, Checkpoint]) -> Iterator[NewPart]:
+    peak = plan.peak_memory_bytes
     for index, (row, model) in enumerate(recipe.parts):
-        yield NewPart(Stage.EVALUATE, index, _named(row, model), EVALUATE_WEIGHT, peak_bytes=plan.peak_memory_bytes)
+        files = tuple(file.address for file in wholes[model.name].files)
+        yield NewPart(Stage.EVALUATE, index, _named(row, model), EVALUATE_WEIGHT, peak_bytes=peak, inputs=files)
     yield NewPart(Stage.FINALIZE, 0, "finalize", FINALIZE_WEIGHT)
 
 

@@ -49,6 +49,9 @@ def test_settings_survive_the_way_to_a_child() -> None:
         ("CATMERGE_S3_ENDPOINT", "localhost:9000"),
         ("CATMERGE_S3_SECRET_KEY", "alone"),
         ("CATMERGE_FILE_ROOTS", "relative/folder"),
+        ("CATMERGE_INPUT_CACHE", "/without/a/limit"),
+        ("CATMERGE_INPUT_CACHE_BYTES", "1000"),
+        ("CATMERGE_INPUT_CACHE_BYTES", "0"),
     ],
 )
 def test_a_bad_variable_is_named(variable: str, value: str) -> None:
@@ -60,3 +63,12 @@ def test_a_bad_variable_is_named(variable: str, value: str) -> None:
 def test_no_bucket_at_all_is_not_any_bucket() -> None:
     settings = Connections(buckets=())
     assert Connections.from_environment(settings.to_environment()) == settings
+
+
+def test_inputs_are_kept_in_a_folder_with_a_limit() -> None:
+    environ = {"CATMERGE_INPUT_CACHE": "/var/cache", "CATMERGE_INPUT_CACHE_BYTES": "1000"}
+    settings = Connections.from_environment(environ)
+    assert (settings.input_cache, settings.input_cache_bytes) == (Path("/var/cache"), 1000)
+    assert Connections.from_environment(settings.to_environment()) == settings
+    with pytest.raises(SettingsError, match="absolute path"):
+        Connections.from_environment({**environ, "CATMERGE_INPUT_CACHE": "cache"})

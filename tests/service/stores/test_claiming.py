@@ -14,7 +14,7 @@ from service.contract.errors import StorageFailure
 from service.contract.job import Status
 from service.contract.parts import Claim, Counters, Done
 from service.contract.stages import NewPart, Queue, Stage
-from service.stores.claiming import QUANTUM
+from service.stores.claiming import LOOKED_AT, QUANTUM
 from service.stores.database import Database
 from service.stores.jobs import JobStore, Listing
 from service.stores.parts import PartStore
@@ -245,3 +245,46 @@ def explained(database: Database, parts: PartStore) -> list[str]:
         reads = [(statement, values) for statement, values in asked if statement.startswith(("SELECT", "WITH"))]
         plans = [connection.exec_driver_sql(f"explain (analyze) {statement}", values) for statement, values in reads]
         return [str(row[-1]) for plan in plans for row in plan]
+
+
+def of_files(jobs: JobStore, parts: PartStore, *files: tuple[str, ...], priority: int = 0, peak_bytes: int = 0) -> str:
+    """A job to be merged in parts that read these files."""
+    job_id = submit(jobs, priority=priority).id
+    shards = [
+        NewPart(Stage.MERGE, index, f"shard {index}", 1.0, peak_bytes=peak_bytes * (index == 1), inputs=inputs)
+        for index, inputs in enumerate(files)
+    ]
+    plan(parts, job_id, *shards, NewPart(Stage.FINALIZE, 0, "finalize", 1.0))
+    return job_id
+
+
+def taken(parts: PartStore, kept: dict[str, int], usable_bytes: int = 100) -> list[tuple[str, int]]:
+    """The parts that a worker does one after another, whose machine keeps so many bytes of files."""
+    done = []
+    while (held := parts.claim_next([Queue.HEAVY], "worker", usable_bytes, kept)) is not None:
+        done.append((held.job_id, held.part))
+    return done
+
+
+def test_of_a_jobs_parts_the_one_whose_files_are_kept_goes_first(jobs: JobStore, parts: PartStore) -> None:
+    job_id = of_files(jobs, parts, ("a",), ("b",), (), ("b", "c"), ("c",))
+    assert taken(parts, {"b": 5, "c": 3, "x": 9}) == [(job_id, part) for part in (3, 1, 4, 0, 2)]
+
+
+def test_files_that_are_kept_change_nothing_of_whose_turn_it_is(jobs: JobStore, parts: PartStore) -> None:
+    first = of_files(jobs, parts, ("a",), ("b",))
+    second = of_files(jobs, parts, ("b",), ("a",))
+    urgent = of_files(jobs, parts, ("a",), priority=1)
+    assert taken(parts, {"b": 5}) == [(urgent, 0), (first, 1), (second, 0), (first, 0), (second, 1)]
+
+
+def test_a_part_whose_files_are_kept_goes_only_where_it_fits(jobs: JobStore, parts: PartStore) -> None:
+    job_id = of_files(jobs, parts, ("a",), ("b",), peak_bytes=101)
+    assert taken(parts, {"b": 5}) == [(job_id, 0)]
+
+
+def test_of_very_many_parts_the_first_are_looked_at(jobs: JobStore, parts: PartStore) -> None:
+    files = [(f"file {index}",) for index in range(LOOKED_AT + 1)]
+    of_files(jobs, parts, *files)
+    claimed = [parts.claim_next([Queue.HEAVY], "worker", kept={f"file {LOOKED_AT}": 1}) for _ in range(2)]
+    assert [held.part for held in claimed if held] == [0, LOOKED_AT]

@@ -10,7 +10,7 @@ from sqlalchemy import update
 from service.contract.job import Status
 from service.contract.parts import Counters, Done
 from service.contract.stages import NewPart, PartMessage, Queue, Stage
-from service.contract.workers import Worker
+from service.contract.workers import InputCache, Worker
 from service.stores.database import Database
 from service.stores.jobs import JobStore
 from service.stores.losing import LETHAL, has_exited
@@ -86,6 +86,20 @@ def test_a_worker_that_starts_again_under_its_name_is_new(workers: WorkerStore) 
     workers.enter(SMALL)
     workers.enter(replace(SMALL, usable_bytes=1))
     assert [presence.worker.usable_bytes for presence in workers.present()] == [1]
+
+
+def test_workers_say_what_their_machines_keep(workers: WorkerStore, database: Database) -> None:
+    keeps = InputCache(100, 60, 7, 8, (("s3://models/base/", 40), ("s3://models/a.safetensors", 20)))
+    workers.enter(SMALL)
+    workers.enter(LARGE, keeps)
+    assert [living.input_cache for living in workers.present()] == [None, keeps]
+    workers.seen(SMALL, keeps)
+    workers.seen(LARGE, replace(keeps, used_bytes=0, checkpoints=()))
+    assert [living.input_cache for living in workers.present()] == [keeps, replace(keeps, used_bytes=0, checkpoints=())]
+    silent(database)
+    workers.forget_gone()
+    workers.seen(SMALL, keeps)
+    assert [living.input_cache for living in workers.present()] == [keeps]
 
 
 def test_one_sees_what_a_worker_does(jobs: JobStore, parts: PartStore, workers: WorkerStore) -> None:
