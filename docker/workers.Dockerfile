@@ -22,6 +22,8 @@ RUN pip install --no-deps --force-reinstall .
 FROM python:3.13.14-slim-trixie
 RUN useradd --system --uid 10001 --create-home --home-dir /var/lib/catmerge catmerge
 COPY --from=build /opt/catmerge /opt/catmerge
+# A volume that is mounted here for CATMERGE_INPUT_CACHE belongs to the one who writes it.
+RUN install --directory --owner=10001 --group=10001 /var/cache/catmerge
 ENV PATH=/opt/catmerge/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # By number: Kubernetes can only tell that a number is not root.
 USER 10001

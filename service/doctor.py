@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.client import CatmergeClient, CatmergeError
 from service.contract.settings import SECRETS, Connections, variable
+from service.contract.workers import gigabytes
 from service.processes import UpError
+from service.stores.blocks import used_bytes
 from service.stores.database import Database
 from service.stores.objects import Objects, StoreError, open_objects
 from service.stores.schema import idempotency_keys
@@ -77,6 +81,7 @@ def examine(environ: Mapping[str, str], data: Path, url: str) -> list[Check]:
     connections = Connections.from_environment({**_running_settings(data), **_given(environ)})
     broker = check_broker(connections.broker_url)
     checks = [check_python(), check_database(connections.database_url), *check_objects(connections), broker]
+    checks += check_input_cache(connections)
     checks += [check_workers(connections.broker_url)] if broker.state is not State.BROKEN else []
     return [*checks, check_api(url), check_worker_packages(), check_embedded_broker()]
 
@@ -123,6 +128,25 @@ def check_objects(connections: Connections) -> Iterator[Check]:
         there = root.is_dir()
         advice = "" if there else f"make it, or take it out of {variable('file_roots')}"
         yield Check(f"folder {root}", State.OK if there else State.BROKEN, "is there" if there else "missing", advice)
+
+
+def check_input_cache(connections: Connections) -> list[Check]:
+    """Whether a worker on this machine could keep inputs, where it is told to. Nothing is made or changed."""
+    folder, limit = connections.input_cache, connections.input_cache_bytes
+    if folder is None or limit is None:
+        return []
+    if connections.object_store != "s3":
+        advice = f"objects lie in folders already; {variable('input_cache')} is for an S3 server"
+        return [Check("input cache", State.NOTE, "not used", advice)]
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        advice = f"workers go on without; let them write to it, or change {variable('input_cache')}"
+        return [Check("input cache", State.NOTE, f"{there} may not be written to", advice)]
+    used, free = used_bytes(folder), shutil.disk_usage(there).free
+    if used + free < limit:
+        advice = f"workers keep what fits; lower {variable('input_cache_bytes')} to leave room for others on this disk"
+        return [Check("input cache", State.NOTE, f"{gigabytes(limit)} allowed, {gigabytes(used + free)} there", advice)]
+    return [Check("input cache", State.OK, f"{gigabytes(used)} of {gigabytes(limit)} used in {folder}")]
 
 
 def check_broker(url: str) -> Check:

@@ -145,6 +145,7 @@ class Blocks:
             _write(file, content)
             _write(file, memoryview(TAIL.pack(zlib.crc32(content, _seed(path)))))
             staged.rename(path)
+            self._mark(path, os.fstat(file).st_ino)
         except OSError:
             staged.unlink(missing_ok=True)
             self._give_back(nbytes)
@@ -166,10 +167,7 @@ class Blocks:
     @property
     def used_bytes(self) -> int:
         """What all blocks take, as far as is known."""
-        try:
-            return _noted((self._folder / LOCK).read_bytes()) or 0
-        except OSError:
-            return 0
+        return used_bytes(self._folder)
 
     def kept(self) -> list[Kept]:
         """The objects of which there is something, as they were a moment ago; those with most bytes come first."""
@@ -193,7 +191,7 @@ class Blocks:
         return self._folder / hashlib.sha256(text.encode()).hexdigest() / str(number)
 
     def _is_sound(self, file: int, path: Path, length: int) -> bool:
-        """Whether a block is as it was written: looked at once by each process."""
+        """Whether a block is as it was written: looked at once by each process that did not write it."""
         found = os.fstat(file)
         if time.time() - found.st_mtime > TOUCH_SECONDS:
             with suppress(PermissionError):  # another user's
@@ -202,10 +200,14 @@ class Blocks:
             return True
         if found.st_size != length + TAIL.size or not _matches(file, length, _seed(path)):
             return False
+        self._mark(path, found.st_ino)
+        return True
+
+    def _mark(self, path: Path, file: int) -> None:
+        """Note that a block is sound: this process wrote it, or has looked at all of it."""
         if len(self._marks) >= MARKS:
             self._marks.clear()
-        self._marks[str(path)] = found.st_ino
-        return True
+        self._marks[str(path)] = file
 
     def _stage(self, identity: Identity, folder: Path, nbytes: int) -> tuple[Path, int]:
         """A file of so many bytes under another name, locked, for which there is room. Raises OSError."""
@@ -283,6 +285,14 @@ class Blocks:
             yield lock
         finally:
             os.close(lock)
+
+
+def used_bytes(folder: Path) -> int:
+    """What all blocks in a folder take, as far as is known; nothing is made or changed."""
+    try:
+        return _noted((folder / LOCK).read_bytes()) or 0
+    except OSError:
+        return 0
 
 
 def _try_lock(file: int) -> bool:

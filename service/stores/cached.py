@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from service.contract.settings import Connections
@@ -31,6 +32,7 @@ WINDOW = 16  # blocks by which the disk is judged
 PAUSE_FACTOR = 10  # a disk that is slower than the store takes a tenth of the time at most
 PAUSE_SECONDS = 10.0  # after a block could not be written
 LOCKS = 64
+SPARE_BUFFERS = 4
 SHOWN = 20
 OF_A_FOLDER = ("model.", "model-", "adapter_model.")  # how files begin whose folder is the checkpoint
 
@@ -65,6 +67,7 @@ class CachedStore:
         self._spare = spare
         self._seen: dict[tuple[str, str], tuple[Identity, float]] = {}
         self._locks = [threading.Lock() for _ in range(LOCKS)]
+        self._buffers: deque[bytearray] = deque(maxlen=SPARE_BUFFERS)
         self._pace = _Pace()
 
     def head(self, address: str) -> ObjectInfo:
@@ -155,14 +158,31 @@ class CachedStore:
         with self._locks[hash((identity, piece.number)) % LOCKS]:
             if self._find(identity, piece):  # another thread was faster
                 return True
-            block = piece.into if len(piece.into) == length else memoryview(bytearray(length))
-            began = time.monotonic()
-            self._store.read(identity.address, piece.number * self._blocks.block_bytes, block, etag=identity.etag)
-            self._keep(identity, piece.number, block, time.monotonic() - began)
-        if block is not piece.into:
-            piece.into[:] = block[piece.start : piece.start + len(piece.into)]
+            if len(piece.into) == length:
+                self._fetch(identity, piece.number, piece.into)
+            else:
+                with self._lent(length) as block:
+                    self._fetch(identity, piece.number, block)
+                    piece.into[:] = block[piece.start : piece.start + len(piece.into)]
         self._blocks.count(missed=len(piece.into))
         return True
+
+    def _fetch(self, identity: Identity, number: int, block: memoryview) -> None:
+        began = time.monotonic()
+        self._store.read(identity.address, number * self._blocks.block_bytes, block, etag=identity.etag)
+        self._keep(identity, number, block, time.monotonic() - began)
+
+    @contextmanager
+    def _lent(self, length: int) -> Iterator[memoryview]:
+        """Memory for a block, to be used over and over: fresh memory would have to be touched first."""
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:
+            buffer = bytearray(self._blocks.block_bytes)
+        try:
+            yield memoryview(buffer)[:length]
+        finally:
+            self._buffers.append(buffer)
 
     def _keep(self, identity: Identity, number: int, block: memoryview, fetching_seconds: float) -> None:
         began = time.monotonic()

@@ -16,6 +16,7 @@ from service.doctor import (
     check_broker,
     check_database,
     check_embedded_broker,
+    check_input_cache,
     check_objects,
     check_python,
     check_worker_packages,
@@ -23,6 +24,7 @@ from service.doctor import (
     examine,
     settings_in_force,
 )
+from service.stores.blocks import Blocks
 from service.stores.database import Database
 from tests.servers import free_port, redis_server
 from tests.service.front import connections_to, open_front
@@ -130,3 +132,23 @@ def test_the_command(tmp_path: Path) -> None:
     answer = json.loads(done.stdout)
     assert {"name": "CATMERGE_BROKER_URL", "value": DEAD, "source": "environment"} in answer["settings"]
     assert {check["name"]: check["state"] for check in answer["checks"]}["broker"] == "broken"
+
+
+def test_where_inputs_are_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+
+    def look(**changes: object) -> Check:
+        keeping = {"object_store": "s3", "input_cache": folder, "input_cache_bytes": 1000, **changes}
+        (check,) = check_input_cache(connections_to(tmp_path, **keeping))
+        return check
+
+    assert check_input_cache(connections_to(tmp_path)) == []
+    assert look().state is State.OK
+    assert not folder.exists(), "looking makes nothing"
+    Blocks(folder, 1000)
+    assert look().found == f"0.00 GB of 0.00 GB used in {folder}"
+    large = look(input_cache_bytes=10**18)
+    assert (large.state, "CATMERGE_INPUT_CACHE_BYTES" in large.advice) == (State.NOTE, True)
+    assert look(object_store=f"file://{tmp_path}").found == "not used"
+    (tmp_path / "file").touch()
+    assert "may not be written to" in look(input_cache=tmp_path / "file" / "cache").found
