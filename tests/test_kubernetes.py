@@ -303,8 +303,17 @@ def test_no_pod_may_more_than_it_needs(overlay: dict[tuple[str, str], Manifest])
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         }
-        assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/tmp"]
+        inputs = [environment(overlay, pod)["CATMERGE_INPUT_CACHE"]] if container["name"] == "worker" else []
+        assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/tmp", *inputs]
         assert container["resources"]["limits"]["memory"]
+
+
+def test_a_worker_keeps_less_than_its_volume_holds(overlay: dict[tuple[str, str], Manifest]) -> None:
+    pod = overlay["Deployment", "catmerge-worker"]["spec"]["template"]
+    (limit,) = (volume["emptyDir"]["sizeLimit"] for volume in pod["spec"]["volumes"] if volume["name"] == "inputs")
+    kept = Connections.from_environment(environment(overlay, pod)).input_cache_bytes
+    assert kept is not None
+    assert kept * 1.05 < int(limit.removesuffix("Gi")) << 30, "or the pod is evicted"
 
 
 def test_a_worker_is_given_the_time_to_leave(overlay: dict[tuple[str, str], Manifest]) -> None:

@@ -134,8 +134,9 @@ def test_who_waits_for_another_can_know_when_it_is_there(name: str) -> None:
 
 def test_what_must_survive_lies_in_named_volumes() -> None:
     mounted = {name: volume.partition(":")[0] for name in SERVICES for volume in SERVICES[name].get("volumes", [])}
-    assert mounted == {name: name for name in ("database", "broker", "objects")}
-    assert set(compose()["volumes"]) == set(mounted)
+    kept = {name: name for name in ("database", "broker", "objects")}
+    assert mounted == {**kept, "worker": "inputs", "worker-gpu": "inputs"}
+    assert set(compose()["volumes"]) == set(mounted.values())
 
 
 def test_ports_are_open_to_this_machine_only() -> None:

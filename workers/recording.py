@@ -19,14 +19,18 @@ BEFORE = [stage for stage in ORDER if stage is not Stage.FINALIZE]
 
 
 def recorded(run: Run) -> Run:
-    """The stage, with ``usage`` and ``notices`` in its output."""
+    """The stage, with ``usage``, ``bytes_found`` and ``notices`` in its output."""
 
     @wraps(run)
     def with_record(work: Work) -> Done:
-        meter = Meter(work.device)
+        meter, found = Meter(work.device), work.bytes_found()
         done = run(work)
-        output = {**done.output, "usage": meter.usage().as_dict(), "notices": as_rows(done.warnings)}
-        return replace(done, output=output)
+        record = {
+            "usage": meter.usage().as_dict(),
+            "bytes_found": work.bytes_found() - found,
+            "notices": as_rows(done.warnings),
+        }
+        return replace(done, output={**done.output, **record})
 
     return with_record
 
@@ -41,9 +45,10 @@ def usage(work: Work) -> dict[str, Any]:
 
     Not this one: a report must be the same, byte for byte, whoever makes it again.
     """
-    return summed(
-        {
-            stage.value: [Usage.from_dict(output["usage"]) for output in work.outputs(stage) if "usage" in output]
-            for stage in BEFORE
-        }
-    )
+    outputs = {stage.value: work.outputs(stage) for stage in BEFORE}
+    usages = {
+        stage: [Usage.from_dict(output["usage"]) for output in of_stage if "usage" in output]
+        for stage, of_stage in outputs.items()
+    }
+    found = sum(output.get("bytes_found", 0) for of_stage in outputs.values() for output in of_stage)
+    return {"bytes_found": found, **summed(usages)}

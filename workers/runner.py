@@ -105,6 +105,9 @@ class Runner:
         """Bytes that this machine keeps, by the address of their file."""
         return {} if self._blocks is None else {kept.address: kept.nbytes for kept in self._blocks.kept()}
 
+    def _bytes_found(self) -> int:
+        return 0 if self._blocks is None else self._blocks.counted[0]
+
     def keeps(self) -> InputCache | None:
         """What this machine keeps of inputs, for others to know."""
         return None if self._blocks is None else input_cache(self._blocks)
@@ -157,6 +160,7 @@ class Runner:
             so_far=lambda: self._insist(lambda: self._parts.so_far(claim)),
             calibration_bytes=self._calibration_bytes,
             study=JobStudy(self._database, claim) if _is_search(claim.recipe) else None,
+            bytes_found=self._bytes_found,
         )
 
     def _fail(self, claim: Claim, failure: Failure, watch: Watch) -> None:

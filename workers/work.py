@@ -27,7 +27,8 @@ class Work:
     ``outputs`` gives what the parts of an earlier stage left, in their order; ``so_far`` what the job has cost until
     now; ``device`` is torch's name of the device to compute on, ``calibration_bytes`` what a model's weights may take
     there while it is calibrated, if there is a limit. ``study`` holds the trials of a search; ``planned`` is a plan
-    that stands for the first stage's.
+    that stands for the first stage's. ``bytes_found`` tells how much this process has read from its machine's disk in
+    place of a store.
     """
 
     claim: Claim
@@ -40,6 +41,7 @@ class Work:
     calibration_bytes: int | None = None
     study: Study | None = None
     planned: Plan | None = None
+    bytes_found: Callable[[], int] = lambda: 0
 
     @property
     def recipe(self) -> Recipe:

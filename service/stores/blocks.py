@@ -91,6 +91,7 @@ class Blocks:
         self._marks: dict[str, int] = {}
         self._known: tuple[float, list[Kept]] | None = None
         self._lock = threading.Lock()
+        self._looking = threading.Lock()
         self._counted: Counter[str] = Counter()
         self.limit_bytes = limit_bytes
         self.block_bytes = block_bytes
@@ -171,7 +172,7 @@ class Blocks:
 
     def kept(self) -> list[Kept]:
         """The objects of which there is something, as they were a moment ago; those with most bytes come first."""
-        with self._lock:
+        with self._looking:
             if self._known is None or time.monotonic() > self._known[0] + KNOWN_SECONDS:
                 self._known = time.monotonic(), self._look()
             return self._known[1]

@@ -43,6 +43,7 @@ def made_up(tasks: Sequence[str] = TASKS, layers: int = 6, seed: int = 0, files_
             "seconds_queued": 2.0,
             "bytes_read": 31_000_000_000,
             "bytes_written": 7_000_000_000,
+            "bytes_found": 12_000_000_000,
             **summed({"merge": [Usage(300.0, 6_100_000_000, 900_000_000, True, "cuda", 4_000_000_000)]}),
         },
         "savings": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from service.contract.job import Job, Status
 from service.contract.settings import Connections
@@ -25,6 +28,8 @@ from tests.service.jobs_by_hand import submit
 from tests.workers.demo_merge import DEMO, TASKS
 from workers.runner import Runner
 from workers.stages import RUN
+from workers.tensors import TensorReader
+from workers.unread import Landing
 
 BASE = "s3://catmerge/models/base/"
 ADDED = {"name": "task_arithmetic", "scaling": 0.3}
@@ -92,9 +97,12 @@ class Place:
 
     def merge(self, runner: Runner, method: dict[str, Any]) -> bytes:
         """What one worker makes of a job."""
+        return self.merged(self.finish(runner, method))
+
+    def finish(self, runner: Runner, method: dict[str, Any]) -> Job:
         job = self.submit(method)
         work(runner)
-        return self.merged(job)
+        return self.job(job)
 
     def asked(self) -> int:
         """Requests for the content of models since this was last asked."""
@@ -131,15 +139,18 @@ def work(runner: Runner) -> None:
 def test_with_and_without_the_result_is_the_same_and_the_second_job_asks_for_no_model(
     place: Place, method: dict[str, Any]
 ) -> None:
-    results, requests = [], []
+    results, requests, found = [], [], []
     for is_kept in (False, True, True):
         runner = place.worker(keeps=is_kept)
         place.asked()
-        results.append(place.merge(runner, method))
+        job = place.finish(runner, method)
+        results.append(place.merged(job))
         requests.append(place.asked())
+        found.append((job.result or {})["cost"]["bytes_found"])
     plain, cold, warm = requests
     assert results[0] == results[1] == results[2]
     assert (plain > cold > 0, warm) == (True, 0)
+    assert found[0] == 0 < found[2], "as the report says"
     keeps = runner.keeps()
     assert keeps is not None
     assert (keeps.missed_bytes, keeps.found_bytes > 0) == (0, True)
@@ -200,3 +211,23 @@ def test_parts_know_their_files_and_go_where_these_are(place: Place) -> None:
     assert place.done(job)[-1] == ("calibrate", "mirrored")
     work(runner)
     place.merged(job)
+
+
+def test_a_checkpoint_is_near_once_all_its_files_are_and_stays_readable(place: Place, tmp_path: Path) -> None:
+    folder, wanted = "s3://catmerge/models/sharded/", {"a": torch.arange(1000.0), "b": torch.arange(2000.0) / 3}
+    for name, tensor in wanted.items():
+        save_file({name: tensor}, tmp_path / "shard")
+        place.objects.put(f"{folder}model-{name}.safetensors", (tmp_path / "shard").read_bytes(), "")
+    index = {"weight_map": {name: f"model-{name}.safetensors" for name in wanted}}
+    place.objects.put(f"{folder}model.safetensors.index.json", json.dumps(index).encode(), "")
+    place.objects.put(f"{folder}config.json", b"{}", "")
+    with TensorReader(place.worker()._objects) as reader:
+        checkpoint = reader.open(folder, ())
+        assert reader.are_near([checkpoint]), "opening has read small files whole"
+    next(path for path in place.disk.rglob("0") if b"b.safetensors" in path.with_name(ABOUT).read_bytes()).unlink()
+    with TensorReader(place.worker()._objects) as reader:
+        is_near = [reader.are_near([checkpoint])]
+        (entries,) = reader.unread([checkpoint], "b", slice(10, 1990))
+        entries.expect()
+        found = Landing(torch.empty(entries.numel() * 4, dtype=torch.uint8)).read(entries)
+        assert (is_near, found.equal(wanted["b"][10:1990])) == ([False], True)

@@ -25,13 +25,18 @@ PATIENCE_SECONDS = 60.0
 
 WRITER = """
 import sys, pathlib
-from service.stores.blocks import Blocks, Identity
+from service.stores.blocks import Blocks, Identity, NoRoom
 folder, content = pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]).read_bytes()
 blocks = Blocks(folder, int(sys.argv[3]), block_bytes=1 << 16)
 for turn in range(int(sys.argv[4])):
     for number in range(4):
         model = Identity("", f"s3://models/{turn}.safetensors", "etag", len(content))
-        blocks.keep(model, number, memoryview(content)[number << 16 : number + 1 << 16])
+        while True:
+            try:
+                blocks.keep(model, number, memoryview(content)[number << 16 : number + 1 << 16])
+                break
+            except NoRoom:  # the other process is being kept waiting, with the lock
+                pass
         print(turn, number, flush=True)
 """
 
