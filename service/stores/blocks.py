@@ -115,7 +115,7 @@ class Blocks:
                 return True
             logger.warning("%s is not what was written; it is read from the store again", path)
         except OSError as error:
-            logger.warning("%s can't be read (%s); it is read from the store again", path, error.strerror)
+            logger.warning("%s can't be read (%s); it is read from the store again", path, error)
         finally:
             os.close(file)
         with suppress(OSError):
