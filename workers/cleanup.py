@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from service.contract import artifacts
 from service.contract.parts import Claim
 from service.contract.plan import Plan
 from service.contract.stages import Stage
-from service.stores.objects import Objects, StoreError
+from service.stores.objects import Objects, StoreError, Unfinished
 from workers.work import PLAN_LIMIT_BYTES
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,15 @@ def remove_scratch(objects: Objects, workspace: str, job_id: str) -> None:
             objects.delete(info.address)
     except StoreError:
         logger.exception("Could not remove what %s left in scratch", job_id)
+
+
+def drop_begun(objects: Objects, begun: Sequence[Unfinished]) -> None:
+    """Drop what nobody goes on with, best effort: the service sweeps what is half written."""
+    for found in begun:
+        try:
+            objects.abandon(found)
+        except StoreError:
+            logger.exception("Could not drop what was written of %s", found.address)
 
 
 def remove_outputs(objects: Objects, claim: Claim, workspace: str) -> None:

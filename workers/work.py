@@ -14,7 +14,7 @@ from service.contract.plan import Plan
 from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from service.contract.trials import Study
-from service.stores.objects import Objects, failures
+from service.stores.objects import Bookmark, Objects, failures
 from workers.watch import Watch
 
 PLAN_LIMIT_BYTES = 1 << 30
@@ -27,7 +27,7 @@ class Work:
     ``outputs`` gives what the parts of an earlier stage left, in their order; ``so_far`` what the job has cost until
     now; ``device`` is torch's name of the device to compute on, ``calibration_bytes`` what a model's weights may take
     there while it is calibrated, if there is a limit. ``study`` holds the trials of a search; ``planned`` is a plan
-    that stands for the first stage's.
+    that stands for the first stage's. ``bookmarks`` gives the bookmark of an address that only this part writes to.
     """
 
     claim: Claim
@@ -40,6 +40,7 @@ class Work:
     calibration_bytes: int | None = None
     study: Study | None = None
     planned: Plan | None = None
+    bookmarks: Callable[[str], Bookmark] | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -62,6 +63,10 @@ class Work:
     def address(self, name: str) -> str:
         """Where an artifact of the job lies."""
         return self.claim.prefix + name
+
+    def bookmark(self, address: str) -> Bookmark | None:
+        """Where it is kept how far the part's attempts have come with an object, if it is kept."""
+        return None if self.bookmarks is None else self.bookmarks(address)
 
     def plan(self) -> Plan:
         """The plan that the first stage wrote, or what stands for it. Raises StorageFailure, InputMissing."""

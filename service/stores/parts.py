@@ -198,7 +198,8 @@ class PartStore:
             if kept is not None:
                 return SoFar(**kept)
             found = _so_far(connection, job)
-            connection.execute(update(parts).where(*held_by(claim)).values(output={SO_FAR: asdict(found)}))
+            kept_too = {**(row.output or {}), SO_FAR: asdict(found)}
+            connection.execute(update(parts).where(*held_by(claim)).values(output=kept_too))
             return found
 
     def counts(self) -> dict[tuple[Queue, str], int]:

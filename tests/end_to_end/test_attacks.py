@@ -23,7 +23,7 @@ from tests import faulty
 from tests.checkpoints import Family
 from tests.end_to_end.arena import BUCKET, WORKSPACE, Arena, open_arena
 from tests.end_to_end.stack import Program, until
-from tests.faulty import Harm
+from tests.faulty import Harm, Rule
 from tests.servers import free_port, s3_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # workers take their time to start on a busy machine
@@ -417,19 +417,52 @@ def test_another_etag_in_the_middle_of_a_checkpoint_is_no_part_of_the_result(are
 
 
 def test_a_worker_is_killed_in_the_middle_of_a_large_upload(arena: Arena, large: dict[str, Any]) -> None:
-    """What it had sent is dropped once the job has ended; somebody else's upload beside it is let be."""
+    """The next one sends the part that is missing, and no other; somebody else's upload beside it is let be."""
     client = arena.s3_client()
     theirs = client.create_multipart_upload(Bucket=BUCKET, Key="theirs/notes.bin")["UploadId"]
-    rule = arena.store.hold("PUT .*partNumber=2")
-    job_id = arena.stack.submit({**large, "output": {"prefix": f"s3://{BUCKET}/theirs/"}})["id"]
-    arena.caught(rule)
+    rule, job_id = _in_the_middle_of_a_large_upload(arena, large, f"s3://{BUCKET}/theirs/")
     program, _ = arena.holder(job_id, "merge")
     program.kill()
+    before = len(arena.store.seen)
     program.start()
-    assert "theirs/model.safetensors" in arena.uploads()
     arena.check(job_id)
-    until(lambda: arena.uploads() == ["theirs/notes.bin"], "its upload is dropped", arena.logs)
+    assert arena.store.parts_sent(before) == [2]
+    assert arena.uploads() == ["theirs/notes.bin"]
+    rule.release()
     client.abort_multipart_upload(Bucket=BUCKET, Key="theirs/notes.bin", UploadId=theirs)
+
+
+def test_a_worker_is_frozen_in_the_middle_of_a_large_upload_that_another_goes_on_with(
+    arena: Arena, large: dict[str, Any]
+) -> None:
+    """When it wakes, the upload has ended: it is told so, and takes nothing away."""
+    rule, job_id = _in_the_middle_of_a_large_upload(arena, large, f"s3://{BUCKET}/frozen/")
+    program, _ = arena.holder(job_id, "merge")
+    program.signal(signal.SIGSTOP)
+    before = len(arena.store.seen)
+    arena.stack.succeeded(job_id)
+    assert arena.store.parts_sent(before) == [2]
+    program.signal(signal.SIGCONT)
+    rule.release()
+    noticed = f"merge of {job_id}: store_unavailable"
+    until(lambda: noticed in program.log() or _has_let_go(program, job_id), "the late worker has noticed", arena.logs)
+    arena.check(job_id)
+    assert arena.uploads() == []
+
+
+def _in_the_middle_of_a_large_upload(arena: Arena, large: dict[str, Any], prefix: str) -> tuple[Rule, str]:
+    """A job whose worker has sent two parts of three, and the proxy's rule that holds the other."""
+    rule = arena.store.hold("PUT .*partNumber=2")
+    job_id = arena.stack.submit({**large, "output": {"prefix": prefix}})["id"]
+    arena.caught(rule)
+    (upload,) = arena.stack.objects.unfinished(f"{prefix}model.safetensors")
+    of_it = {"Bucket": BUCKET, "Key": upload.address.removeprefix(f"s3://{BUCKET}/"), "UploadId": upload.handle}
+
+    def sent() -> list[int]:
+        return [part["PartNumber"] for part in arena.s3_client().list_parts(**of_it).get("Parts", [])]
+
+    until(lambda: sent() == [1, 3], "the other parts are there", arena.logs)
+    return rule, job_id
 
 
 def test_the_disk_is_full_and_has_room_again(arena: Arena, large: dict[str, Any]) -> None:
