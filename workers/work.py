@@ -72,5 +72,17 @@ class Work:
         """The plan that the first stage wrote, or what stands for it. Raises StorageFailure, InputMissing."""
         if self.planned is not None:
             return self.planned
-        with failures():
-            return Plan.model_validate_json(self.objects.read_all(self.address(artifacts.PLAN), PLAN_LIMIT_BYTES))
+        return read_plan(self.objects, self.claim, self.workspace)
+
+
+def plan_address(claim: Claim, workspace: str) -> str:
+    """Where a job's plan lies while its parts are done."""
+    if isinstance(claim.recipe, Recipe) and claim.recipe.search is not None:
+        return artifacts.searched_plan(workspace, claim.job_id)
+    return claim.prefix + artifacts.PLAN
+
+
+def read_plan(objects: Objects, claim: Claim, workspace: str) -> Plan:
+    """The plan that a job's first stage wrote. Raises StorageFailure, InputMissing."""
+    with failures():
+        return Plan.model_validate_json(objects.read_all(plan_address(claim, workspace), PLAN_LIMIT_BYTES))
