@@ -91,6 +91,7 @@ class Housekeeper:
         """Clear away what a job's workers left half done, unless another job is at work in its folder."""
         if self._ended.is_at_work(ended.prefix):
             return
+        self._drop_noted(ended)
         scratch = artifacts.scratch(self._workspace, ended.id)
         dropped = self._drop(ended.prefix, ended, artifacts.may_be_ours) + self._drop(scratch, ended, lambda _: True)
         if dropped:
@@ -100,6 +101,14 @@ class Housekeeper:
         else:
             self._take_back_manifest(ended)
         self._ended.mark_tidied(ended.id)
+
+    def _drop_noted(self, ended: Ended) -> None:
+        """What its parts noted that they had begun: not every store lists it."""
+        for found in self._ended.begun(ended.id):
+            try:
+                self._objects.abandon(found)
+            except AccessDenied as error:
+                logger.warning("An unfinished upload of %s stays: %s", ended.id, error)
 
     def _drop(self, place: str, ended: Ended, name: Callable[[str], bool]) -> int:
         """What others write into a job's folder is theirs: it has another name, or is too old or too young."""

@@ -214,6 +214,11 @@ class StoreProxy:
         for rule in rules:
             rule.release()
 
+    def parts_sent(self, since: int = 0) -> list[int]:
+        """Numbers of the parts of uploads that were sent after so many requests, in order of numbers."""
+        found = (re.match(r"PUT .*[?&]partNumber=(\d+)", says) for says in self.seen[since:])
+        return sorted(int(each[1]) for each in found if each)
+
     def close(self) -> None:
         self.heal()
         self._server.shutdown()

@@ -18,12 +18,13 @@ from service.contract.recipe import Recipe
 from service.contract.settings import Connections
 from service.contract.stages import STAGES, PartMessage, Queue, Stage
 from service.contract.workers import InputCache
+from service.stores.begun import BegunObjects
 from service.stores.cached import input_cache, open_blocks
 from service.stores.database import Database, is_outage
-from service.stores.objects import open_objects
+from service.stores.objects import Bookmark, open_objects
 from service.stores.parts import MAX_BYTES, PartStore
 from service.stores.studies import JobStudy
-from workers.cleanup import remove_outputs, remove_scratch
+from workers.cleanup import drop_begun, remove_outputs, remove_scratch
 from workers.watch import Heartbeat, Watch
 from workers.work import Work
 
@@ -69,6 +70,7 @@ class Runner:
             lease_seconds=connections.lease_seconds,
             part_attempts=connections.part_attempts,
         )
+        self._begun = BegunObjects(self._database)
         self._owner = owner or f"{socket.gethostname()}:{os.getpid()}"
 
     def __repr__(self) -> str:
@@ -142,6 +144,8 @@ class Runner:
             released = self._insist(lambda: self._parts.release(claim))
             if released is not None:
                 self._ring([released])
+            else:
+                self._drop_begun(claim)
         except Failure as failure:
             self._fail(claim, failure, watch)
         except Exception as error:
@@ -161,6 +165,10 @@ class Runner:
             calibration_bytes=self._calibration_bytes,
             study=JobStudy(self._database, claim) if _is_search(claim.recipe) else None,
             bytes_found=self._bytes_found,
+            bookmarks=lambda address: Bookmark(
+                find=lambda: self._insist(lambda: self._begun.find(claim, address)),
+                note=lambda handle: self._insist(lambda: self._begun.note(claim, address, handle)),
+            ),
         )
 
     def _fail(self, claim: Claim, failure: Failure, watch: Watch) -> None:
@@ -169,6 +177,12 @@ class Runner:
             # Before it is told: whoever hears of it may retry at once, into the same folder.
             remove_outputs(self._objects, claim, self._connections.workspace)
         self._insist(lambda: self._parts.fail(claim, failure))
+        if not failure.retryable:
+            self._drop_begun(claim)
+
+    def _drop_begun(self, claim: Claim) -> None:
+        """What was begun of a part stays for whoever goes on with it; where its job has ended, nobody does."""
+        drop_begun(self._objects, self._insist(lambda: self._begun.take_ended(claim)))
 
     def _move_on(self, claim: Claim, done: Done, watch: Watch) -> None:
         messages = self._insist(lambda: self._parts.complete(claim, done, watch.counters))

@@ -154,7 +154,10 @@ def _in_float32(plan: Plan, folder: str) -> Plan:
 
 
 def _merge(work: Work, recipe: Recipe, plan: Plan, surveys: list[str], merge_shard: MergeShard) -> None:
-    """Shard after shard, as merge parts of a job of its own, whose every file lies in the trial's folder."""
-    asked = replace(as_tried(work, recipe, surveys), planned=plan, workspace=plan.prefix)
+    """Shard after shard, as merge parts of a job of its own, whose every file lies in the trial's folder.
+
+    A trial that is lost is not done again, so that nobody would go on with what it has begun.
+    """
+    asked = replace(as_tried(work, recipe, surveys), planned=plan, workspace=plan.prefix, bookmarks=None)
     for index in range(len(plan.shards)):
         merge_shard(replace(asked, claim=replace(asked.claim, part=index, prefix=plan.prefix)), plan)

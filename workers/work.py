@@ -14,7 +14,7 @@ from service.contract.plan import Plan
 from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from service.contract.trials import Study
-from service.stores.objects import Objects, failures
+from service.stores.objects import Bookmark, Objects, failures
 from workers.watch import Watch
 
 PLAN_LIMIT_BYTES = 1 << 30
@@ -28,7 +28,7 @@ class Work:
     now; ``device`` is torch's name of the device to compute on, ``calibration_bytes`` what a model's weights may take
     there while it is calibrated, if there is a limit. ``study`` holds the trials of a search; ``planned`` is a plan
     that stands for the first stage's. ``bytes_found`` tells how much this process has read from its machine's disk in
-    place of a store.
+    place of a store. ``bookmarks`` gives the bookmark of an address that only this part writes to.
     """
 
     claim: Claim
@@ -42,6 +42,7 @@ class Work:
     study: Study | None = None
     planned: Plan | None = None
     bytes_found: Callable[[], int] = lambda: 0
+    bookmarks: Callable[[str], Bookmark] | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -65,9 +66,25 @@ class Work:
         """Where an artifact of the job lies."""
         return self.claim.prefix + name
 
+    def bookmark(self, address: str) -> Bookmark | None:
+        """Where it is kept how far the part's attempts have come with an object, if it is kept."""
+        return None if self.bookmarks is None else self.bookmarks(address)
+
     def plan(self) -> Plan:
         """The plan that the first stage wrote, or what stands for it. Raises StorageFailure, InputMissing."""
         if self.planned is not None:
             return self.planned
-        with failures():
-            return Plan.model_validate_json(self.objects.read_all(self.address(artifacts.PLAN), PLAN_LIMIT_BYTES))
+        return read_plan(self.objects, self.claim, self.workspace)
+
+
+def plan_address(claim: Claim, workspace: str) -> str:
+    """Where a job's plan lies while its parts are done."""
+    if isinstance(claim.recipe, Recipe) and claim.recipe.search is not None:
+        return artifacts.searched_plan(workspace, claim.job_id)
+    return claim.prefix + artifacts.PLAN
+
+
+def read_plan(objects: Objects, claim: Claim, workspace: str) -> Plan:
+    """The plan that a job's first stage wrote. Raises StorageFailure, InputMissing."""
+    with failures():
+        return Plan.model_validate_json(objects.read_all(plan_address(claim, workspace), PLAN_LIMIT_BYTES))

@@ -17,7 +17,7 @@ from service.contract.artifacts import media_type, role
 from service.contract.checkpoint import write_header
 from service.contract.errors import WorkerError
 from service.contract.job import Artifact
-from service.stores.objects import Objects, ObjectWriter, failures
+from service.stores.objects import Bookmark, Objects, ObjectWriter, failures
 from workers.buffers import bytes_of
 from workers.tensors import NAMES
 
@@ -28,12 +28,20 @@ WRITE_BYTES = 1 << 20  # written and hashed one after the other, so that hashing
 class TensorWriter:
     """Streams tensors into one safetensors file in the order of its header; a thread hashes and writes.
 
-    Nothing is visible before ``commit``; leaving without it writes nothing.
+    Nothing is visible before ``commit``; leaving without it writes nothing, or with a bookmark what the next attempt
+    need not send again.
     """
 
-    def __init__(self, objects: Objects, address: str, name: str, tensors: Mapping[str, tuple[str, tuple[int, ...]]]):
+    def __init__(
+        self,
+        objects: Objects,
+        address: str,
+        name: str,
+        tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+        bookmark: Bookmark | None = None,
+    ) -> None:
         self._expected = deque(tensors.items())
-        self._writer = _opened(objects, address + name, media_type(name))
+        self._writer = _opened(objects, address + name, media_type(name), bookmark)
         self._name = name
         self._sha256 = hashlib.sha256()
         self._size = 0
@@ -118,9 +126,9 @@ class TensorWriter:
         self._size += len(data)
 
 
-def _opened(objects: Objects, address: str, kind: str) -> ObjectWriter:
+def _opened(objects: Objects, address: str, kind: str, bookmark: Bookmark | None) -> ObjectWriter:
     with failures():
-        return objects.write(address, media_type=kind)
+        return objects.write(address, media_type=kind, bookmark=bookmark)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

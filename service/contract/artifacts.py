@@ -90,6 +90,14 @@ def scratch(workspace: str, job_id: str) -> str:
     return f"{workspace}scratch/{job_id}/"
 
 
+def searched_plan(workspace: str, job_id: str) -> str:
+    """The plan of a job with a search, until one is made of what is chosen.
+
+    Each has a place of its own: what a killed worker has sent may arrive late, and must not replace the other one.
+    """
+    return f"{scratch(workspace, job_id)}plan.json"
+
+
 def trim_log_part(workspace: str, job_id: str, index: int) -> str:
     """The trim log of one shard, until the stages' end puts them together."""
     return f"{scratch(workspace, job_id)}trim-log-{index + 1:05d}.jsonl"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
@@ -64,10 +64,22 @@ class Unfinished:
     age_seconds: float
 
 
+@dataclass(frozen=True)
+class Bookmark:
+    """Where it is kept how far an object is, so that whoever writes it again sends only what is not there yet.
+
+    ``find`` gives the store's handle of what was begun last, if anything was; ``note`` keeps that of what is begun now,
+    or None where nobody is to go on with it.
+    """
+
+    find: Callable[[], str | None]
+    note: Callable[[str | None], None]
+
+
 class ObjectWriter(Protocol):
     """An object being written: a context manager, and until ``commit`` nobody sees anything of it.
 
-    Leaving without a commit, by an exception or not, drops what was written.
+    Leaving without a commit, by an exception or not, drops what was written, or leaves it where a bookmark says.
     """
 
     def __enter__(self) -> Self: ...
@@ -123,8 +135,14 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def write(self, address: str, *, media_type: str = "application/octet-stream") -> ObjectWriter:
-        """A writer that replaces the object when it commits."""
+    def write(
+        self, address: str, *, media_type: str = "application/octet-stream", bookmark: Bookmark | None = None
+    ) -> ObjectWriter:
+        """A writer that replaces the object when it commits.
+
+        With a bookmark it goes on with what an earlier writer began, if the store still has that and can tell what it
+        is; where bytes differ, it sends its own. Where a store is as fast to write to as to compare, none is noted.
+        """
         ...
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:

@@ -9,6 +9,8 @@ from sqlalchemy import ColumnElement, and_, delete, func, select, update
 
 from service.contract.job import Job, Status
 from service.contract.stages import Stage
+from service.stores.base import Unfinished
+from service.stores.begun import begun_by
 from service.stores.database import Database, now
 from service.stores.records import ACTIVE, overlaps, views
 from service.stores.schema import jobs, parts
@@ -44,6 +46,11 @@ class EndedJobs:
         with self._database.read() as connection:
             active = select(jobs.c.id).where(jobs.c.status.in_(ACTIVE), overlaps(prefix))
             return connection.execute(active.limit(1)).first() is not None
+
+    def begun(self, job_id: str) -> list[Unfinished]:
+        """What the workers of a job had begun to write and noted."""
+        with self._database.read() as connection:
+            return begun_by(connection, job_id)
 
     def mark_tidied(self, job_id: str) -> None:
         """Note that there is nothing left of a job; one that was retried meanwhile is looked at again."""

@@ -18,6 +18,7 @@ from typing import BinaryIO, Self
 
 from service.stores.base import (
     AccessDenied,
+    Bookmark,
     ObjectChanged,
     ObjectInfo,
     ObjectMissing,
@@ -81,7 +82,13 @@ class LocalStore:
     def near(self, address: str, etag: str) -> LocalObject:
         return LocalObject(address, self._object(address).path(), etag)
 
-    def write(self, address: str, *, media_type: str = "application/octet-stream") -> LocalWriter:  # noqa: ARG002
+    def write(
+        self,
+        address: str,
+        *,
+        media_type: str = "application/octet-stream",  # noqa: ARG002
+        bookmark: Bookmark | None = None,  # noqa: ARG002 (reading what is there takes as long as writing it again)
+    ) -> LocalWriter:
         place = self._object(address)
         with _write_errors(address):
             return LocalWriter(address, place.path())

@@ -12,6 +12,7 @@ from service.contract.settings import Connections
 from service.stores.base import (
     AccessDenied,
     Address,
+    Bookmark,
     BucketDenied,
     NearObject,
     ObjectChanged,
@@ -33,6 +34,7 @@ from service.stores.s3 import S3Store
 __all__ = [
     "AccessDenied",
     "Address",
+    "Bookmark",
     "BucketDenied",
     "NearObject",
     "ObjectChanged",
@@ -87,8 +89,10 @@ class Objects:
     def near(self, address: str, etag: str) -> NearObject | None:
         return self._store(address).near(address, etag)
 
-    def write(self, address: str, *, media_type: str = "application/octet-stream") -> ObjectWriter:
-        return self._store(address).write(address, media_type=media_type)
+    def write(
+        self, address: str, *, media_type: str = "application/octet-stream", bookmark: Bookmark | None = None
+    ) -> ObjectWriter:
+        return self._store(address).write(address, media_type=media_type, bookmark=bookmark)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return self._store(prefix).list(prefix)

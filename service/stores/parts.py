@@ -20,6 +20,7 @@ from service.contract.stages import STAGES, PartMessage, Queue, Stage
 from service.stores.claiming import next_job, next_part, note_turn
 from service.stores.database import Database, now
 from service.stores.losing import LETHAL, lost, was_silent
+from service.stores.placing import note_placed
 from service.stores.records import ACTIVE, is_committing, lock_job, record, touch
 from service.stores.schema import idempotency_keys, jobs, parts
 from service.stores.transitions import ask_for, end_job, fail_job, is_part, mark_sent, move_on, unclaimed
@@ -102,6 +103,7 @@ class PartStore:
         if row is None:
             return None
         note_turn(connection, job.id)
+        note_placed(connection, job, row.peak_bytes)
         self._note_start(connection, job, message.stage)
         recipe = stored_recipe(job.recipe)
         return Claim(job.id, message.stage, row.part, row.name, token, row.attempt, recipe, job.prefix)
@@ -207,7 +209,8 @@ class PartStore:
             if kept is not None:
                 return SoFar(**kept)
             found = _so_far(connection, job)
-            connection.execute(update(parts).where(*held_by(claim)).values(output={SO_FAR: asdict(found)}))
+            kept_too = {**(row.output or {}), SO_FAR: asdict(found)}
+            connection.execute(update(parts).where(*held_by(claim)).values(output=kept_too))
             return found
 
     def counts(self) -> dict[tuple[Queue, str], int]:

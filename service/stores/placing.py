@@ -1,11 +1,11 @@
-"""Jobs that no worker has the memory for: told at once, and failed where none comes."""
+"""Jobs that no worker has the memory for: told at once, taken back when one comes, and failed where none does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, select
 
 from service.contract.errors import NoWorkerFits
 from service.contract.stages import Queue
@@ -17,6 +17,7 @@ from service.stores.transitions import fail_job
 from service.stores.workers import serving
 
 SHOWN = 3
+NO_ROOM = "No worker has the memory for "  # how the warning begins
 
 
 class Placement:
@@ -58,8 +59,24 @@ class Placement:
 
     def _let_go(self, job_id: str) -> None:
         with self._database.write() as connection:
-            lock_job(connection, job_id)
-            connection.execute(update(jobs).where(jobs.c.id == job_id).values(stuck_since=None))
+            job = lock_job(connection, job_id)
+            if job is not None and job.stuck_since is not None and job.status in ACTIVE:
+                _take_back(connection, job)
+
+
+def note_placed(connection: Connection, job: Row[Any], peak_bytes: int) -> None:
+    """A part of a locked job was claimed: where none that waits is larger, there is a worker for all of them."""
+    if job.stuck_since is None:
+        return
+    larger = (parts.c.job_id == job.id, parts.c.state == "ready", parts.c.peak_bytes > peak_bytes)
+    if connection.execute(select(parts.c.part).where(*larger).limit(1)).first() is None:
+        _take_back(connection, job)
+
+
+def _take_back(connection: Connection, job: Row[Any]) -> None:
+    """A warning that no longer holds would stay beside the job's result."""
+    warnings = [warning for warning in job.warnings if not warning.startswith(NO_ROOM)]
+    record(connection, job.id, "job.unstuck", {}, stuck_since=None, warnings=warnings)
 
 
 def _stuck(connection: Connection, queue: Queue, largest: int | None) -> list[str]:
@@ -91,7 +108,7 @@ def _sentence(part: Row[Any, Any, Any], known: Sequence[Worker]) -> str:
     shown = ", ".join(f"{worker.id}: {gigabytes(worker.usable_bytes)}" for worker in by_size[:SHOWN])
     more = f" and {len(known) - SHOWN} smaller" if len(known) > SHOWN else ""
     return (
-        f"No worker has the memory for {part.name!r} ({part.stage}): it is predicted to need "
+        f"{NO_ROOM}{part.name!r} ({part.stage}): it is predicted to need "
         f"{gigabytes(part.peak_bytes)}, and they may use {shown}{more}. Start a worker with more memory or with fewer "
         "processes, or raise its CATMERGE_WORKER_MEMORY_BYTES; or merge fewer tasks, or by a method that needs less."
     )

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -30,6 +31,7 @@ from pydantic import SecretStr
 from service.contract.settings import Connections
 from service.stores.base import (
     AccessDenied,
+    Bookmark,
     NearObject,
     ObjectChanged,
     ObjectInfo,
@@ -56,6 +58,7 @@ CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 MISSING = frozenset({"404", "NoSuchKey", "NoSuchBucket", "NotFound", "InvalidBucketName"})
 MD5 = re.compile(r"[0-9a-f]{32}")
 NO_UPLOADS = frozenset({"NoSuchUpload", "NotImplemented", "MethodNotAllowed"})
+SPOILED = frozenset({"InvalidPart", "InvalidPartOrder", "EntityTooSmall", "NotImplemented"})  # of an upload's parts
 CHANGED = frozenset({"412", "PreconditionFailed", "416", "InvalidRange"})
 
 
@@ -65,6 +68,18 @@ class BrokenOff(StoreDown):
 
 class UploadGone(StoreDown):
     """The store knows no such upload: it has been completed or aborted."""
+
+
+@dataclass(frozen=True)
+class SentPart:
+    """A part of an upload that the store has: ``size`` in bytes, ``etag`` as the store spells it."""
+
+    size: int
+    etag: str
+
+    def holds(self, data: bytearray) -> bool:
+        """Whether it is known to be these bytes; of an ETag that is no MD5 digest nothing is known."""
+        return self.size == len(data) and _bare(self.etag) == hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 
 class S3Store:
@@ -127,8 +142,10 @@ class S3Store:
             except BotoCoreError as error:
                 raise BrokenOff(f"{address}: the answer broke off: {error}") from error
 
-    def write(self, address: str, *, media_type: str = "application/octet-stream") -> S3Writer:
-        return S3Writer(self, self._client, address, media_type)
+    def write(
+        self, address: str, *, media_type: str = "application/octet-stream", bookmark: Bookmark | None = None
+    ) -> S3Writer:
+        return S3Writer(self, self._client, address, media_type, bookmark)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         parsed = parse_address(prefix)
@@ -180,10 +197,14 @@ class S3Store:
 class S3Writer:
     """An object being written: small ones in one request, larger ones in parts, which nobody sees before the commit.
 
-    A process that is killed leaves its parts behind; the service drops them when their job has ended.
+    A process that is killed leaves its parts behind; the service drops them when their job has ended. With a bookmark
+    the next writer finds them, and sends only parts that are not there or are others. A writer that has been taken for
+    dead may still be at work on the same upload: it sends the same bytes, and it never aborts what is noted.
     """
 
-    def __init__(self, store: S3Store, client: S3Client, address: str, media_type: str) -> None:
+    def __init__(
+        self, store: S3Store, client: S3Client, address: str, media_type: str, bookmark: Bookmark | None
+    ) -> None:
         self._store = store
         self._client = client
         self._address = address
@@ -193,7 +214,10 @@ class S3Writer:
         self._filled = 0
         self._spare: deque[bytearray] = deque()  # of parts that were sent: fresh memory would have to be touched first
         self._size = 0
+        self._bookmark = bookmark
         self._upload: str | None = None
+        self._is_noted = False
+        self._sent: dict[int, SentPart] = {}  # by an earlier writer, by number
         self._etags: list[Future[str]] = []
         self._senders = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="s3-upload")  # no thread until used
         self._ended = False
@@ -236,12 +260,12 @@ class S3Writer:
         return self._checked()
 
     def abort(self) -> None:
-        """Drop what was written; after a commit this does nothing."""
+        """Drop what was written, or leave it to who finds it noted; after a commit this does nothing."""
         if self._ended:
             return
         self._ended = True
         self._senders.shutdown(cancel_futures=True)  # waits for parts underway: they would outlive the abort
-        if self._upload is None:
+        if self._upload is None or self._is_noted:
             return
         try:
             with _errors(self._address):
@@ -254,7 +278,7 @@ class S3Writer:
         self._client.put_object(Bucket=self._bucket, Key=self._key, Body=body, ContentType=self._media_type)
 
     def _send_part(self) -> None:
-        with _errors(self._address):
+        with self._answers():
             upload = self._upload or self._begin()
             if len(self._etags) >= UPLOADS_AT_ONCE:
                 self._etags[-UPLOADS_AT_ONCE].result()
@@ -271,11 +295,38 @@ class S3Writer:
         return bytearray(size)
 
     def _begin(self) -> str:
+        begun = self._bookmark.find() if self._bookmark else None
+        sent = self._sent_to(begun) if begun else None
+        if begun is None or sent is None:
+            return self._begin_anew()
+        log.info("Going on with an upload of %s: %d parts are there", self._address, len(sent))
+        self._upload, self._sent, self._is_noted = begun, sent, True
+        return begun
+
+    def _begin_anew(self) -> str:
         answer = self._client.create_multipart_upload(Bucket=self._bucket, Key=self._key, ContentType=self._media_type)
         self._upload = answer["UploadId"]
+        if self._bookmark is not None:
+            self._bookmark.note(self._upload)
+            self._is_noted = True
         return self._upload
 
+    def _sent_to(self, upload: str) -> dict[int, SentPart] | None:
+        """The parts that an upload has; None where it is gone, or the store does not tell."""
+        pages = self._client.get_paginator("list_parts").paginate(Bucket=self._bucket, Key=self._key, UploadId=upload)
+        try:
+            with _errors(self._address):
+                rows = [row for page in pages for row in page.get("Parts", ())]
+        except StoreError as error:
+            log.info("Beginning anew: %s", error)
+            return None
+        return {row["PartNumber"]: SentPart(row["Size"], row["ETag"]) for row in rows}
+
     def _upload_part(self, upload: str, number: int, part: Any) -> str:
+        sent = self._sent.get(number)
+        if sent is not None and sent.holds(part):
+            self._spare.append(part)
+            return sent.etag
         answer = self._client.upload_part(
             Bucket=self._bucket, Key=self._key, UploadId=upload, PartNumber=number, Body=part
         )
@@ -285,10 +336,11 @@ class S3Writer:
     def _complete(self, upload: str) -> None:
         if self._filled:
             self._send_part()
-        etags = [etag.result() for etag in self._etags]
+        with self._answers():
+            etags = [etag.result() for etag in self._etags]
         parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
         try:
-            with _errors(self._address):
+            with self._answers():
                 self._client.complete_multipart_upload(
                     Bucket=self._bucket,
                     Key=self._key,
@@ -299,6 +351,18 @@ class S3Writer:
             if not self._is_complete(etags):
                 raise
             log.warning("%s; but the object is whole", error)
+
+    @contextmanager
+    def _answers(self) -> Iterator[None]:
+        """Errors as ours. An upload whose parts the store does not take is not for the next writer to go on with:
+        rclone, for one, replaces no part by another."""
+        with _errors(self._address):
+            try:
+                yield
+            except ClientError as error:
+                if self._bookmark is not None and self._is_noted and error.response["Error"].get("Code") in SPOILED:
+                    self._bookmark.note(None)
+                raise
 
     def _is_complete(self, etags: Sequence[str]) -> bool:
         """Whether the object is what these parts make, by the ETag that S3 gives to an object of parts."""

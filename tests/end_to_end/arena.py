@@ -90,11 +90,12 @@ class Arena:
         until(rule.hit.is_set, f"a request matches {rule.pattern.pattern}", self.logs)
 
     def holder(self, job_id: str, stage: str, name: str = "") -> tuple[Program, int]:
-        """The worker that holds a part of a stage, of that name if it is given, and the process that does it."""
+        """The worker that holds the first part of a stage that is held, or the one of that name, and its process."""
         with self.database.read() as connection:
             claimed = (parts.c.job_id == job_id, parts.c.stage == stage, parts.c.state == "claimed")
             named = parts.c.name.startswith(name, autoescape=True)
-            owner = connection.execute(select(parts.c.owner).where(*claimed, named)).scalars().first()
+            holding = select(parts.c.owner).where(*claimed, named).order_by(parts.c.part)
+            owner = connection.execute(holding).scalars().first()
         assert owner is not None, f"nobody holds a part of {stage}\n{self.logs()}"
         pid = int(owner.rpartition(":")[2])
         group = os.getpgid(pid)

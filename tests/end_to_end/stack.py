@@ -127,16 +127,16 @@ class Stack:
         except httpx.TransportError:
             return False
 
-    def submit(self, recipe: Mapping[str, Any], **headers: str) -> dict[str, Any]:
-        """Submit a merge that is taken in."""
-        answer = self.client.post("/v1/merges", json=recipe, headers=headers)
+    def submit(self, recipe: Mapping[str, Any], to: str = "/v1/merges", **headers: str) -> dict[str, Any]:
+        """Submit a job that is taken in."""
+        answer = self.client.post(to, json=recipe, headers=headers)
         assert answer.status_code == 202, answer.text
         job: dict[str, Any] = answer.json()
         return job
 
     def job(self, job_id: str) -> dict[str, Any]:
         """A job as it is now."""
-        answer = self.client.get(f"/v1/merges/{job_id}")
+        answer = self.client.get(door(job_id))
         assert answer.status_code == 200, answer.text
         job: dict[str, Any] = answer.json()
         return job
@@ -145,7 +145,7 @@ class Stack:
         """A job when it has ended, however it did."""
         deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
-            answer = self.client.get(f"/v1/merges/{job_id}", headers={"Prefer": "wait=20"})
+            answer = self.client.get(door(job_id), headers={"Prefer": "wait=20"})
             assert answer.status_code == 200, answer.text
             job: dict[str, Any] = answer.json()
             if job["finished_at"] is not None:
@@ -164,9 +164,7 @@ class Stack:
 
     def events(self, job_id: str) -> list[dict[str, Any]]:
         """A job's history."""
-        rows: list[dict[str, Any]] = self.client.get(f"/v1/merges/{job_id}/events", params={"limit": 1000}).json()[
-            "data"
-        ]
+        rows: list[dict[str, Any]] = self.client.get(f"{door(job_id)}/events", params={"limit": 1000}).json()["data"]
         return rows
 
     def upload(self, source: Path, address: str) -> None:
@@ -182,14 +180,14 @@ class Stack:
 
     def artifacts(self, job_id: str) -> dict[str, dict[str, Any]]:
         """The files of a result by name."""
-        answer = self.client.get(f"/v1/merges/{job_id}/artifacts")
+        answer = self.client.get(f"{door(job_id)}/artifacts")
         assert answer.status_code == 200, answer.text
         return {row["name"]: row for row in answer.json()["data"]}
 
     def download(self, job_id: str, folder: Path) -> Path:
         """A result's files, each fetched as any caller would: by its link where the store has links."""
         for name in self.artifacts(job_id):
-            answer = self.client.get(f"/v1/merges/{job_id}/artifacts/{name}", follow_redirects=True)
+            answer = self.client.get(f"{door(job_id)}/artifacts/{name}", follow_redirects=True)
             assert answer.status_code == 200, answer.text
             path = folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +197,11 @@ class Stack:
     def logs(self) -> str:
         """The ends of the processes' logs."""
         return f"--- API ---\n{self.api.log()}\n--- worker ---\n{self.worker.log()}"
+
+
+def door(job_id: str) -> str:
+    """Where the API tells of a job."""
+    return f"/v1/{'evaluations' if job_id.startswith('evl_') else 'merges'}/{job_id}"
 
 
 def until(

@@ -20,6 +20,7 @@ from service.contract.settings import Connections
 from service.contract.stages import NewPart, Stage
 from service.housekeeping import Housekeeper, Keeping
 from service.stores import s3
+from service.stores.begun import BegunObjects
 from service.stores.database import Database
 from service.stores.ended import EndedJobs
 from service.stores.jobs import JobStore, Listing
@@ -119,6 +120,20 @@ def test_what_a_dead_worker_left_half_written_goes_when_its_job_has_ended(house:
     house.clear_up()
     assert house.unfinished() == []
     assert house.listed() == []
+
+
+def test_what_a_part_noted_that_it_had_begun_goes_without_a_look_for_it(house: House) -> None:
+    """Some stores list no uploads; here it has a name that nobody looks for."""
+    job = house.submit()
+    house.begin(f"{PLACE}notes/film.bin")
+    (found,) = house.objects.unfinished(PLACE)
+    held = claim(house.parts, job.id)
+    BegunObjects(house.database).note(held, found.address, found.handle)
+    house.clear_up()
+    assert len(house.unfinished()) == 1, "its job is at work"
+    assert house.parts.fail(held, StorageFailure("away"))
+    house.clear_up()
+    assert house.unfinished() == []
 
 
 def test_an_upload_of_another_job_in_the_same_folder_goes_on(house: House) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from service.contract.errors import InputChanged
-from service.stores.base import ObjectChanged
+from service.stores.base import Bookmark, ObjectChanged
 from service.stores.local import LocalStore, LocalWriter
 from service.stores.objects import Objects
 from workers import tensors, writing
@@ -121,7 +121,13 @@ class SlowStore(LocalStore):
         time.sleep(0.004 * (self.reads % 3))
         super().read(address, start, into, etag=etag)
 
-    def write(self, address: str, *, media_type: str = "application/octet-stream") -> LocalWriter:  # noqa: ARG002
+    def write(
+        self,
+        address: str,
+        *,
+        media_type: str = "application/octet-stream",  # noqa: ARG002
+        bookmark: Bookmark | None = None,  # noqa: ARG002
+    ) -> LocalWriter:
         return SlowWriter(address, Path(address.removeprefix("file://")))
 
 

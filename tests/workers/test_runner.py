@@ -48,6 +48,10 @@ class Workshop:
     def _ring(self, messages: Sequence[PartMessage]) -> None:
         self.rung += messages
 
+    @property
+    def half_written(self) -> Path:
+        return Path(self.connections.object_store.removeprefix("file://")).with_name("half-written")
+
     def submit(self) -> str:
         return submit(self.jobs).id
 
@@ -400,6 +404,70 @@ def test_scratch_goes_once_the_database_knows_of_the_end(workshop: Workshop) -> 
     workshop.stages[Stage.PLAN] = ends
     workshop.run_next()
     assert (seen, list(objects.list(scratch))) == ([1, 1], [])
+
+
+def begins(workshop: Workshop, then: Callable[[Work], None], seen: list[str | None]) -> StageRun:
+    """Begins to write an object as a server would keep it, unless an earlier try did; then something happens."""
+    half = workshop.half_written
+
+    def run(work: Work) -> Done:
+        bookmark = work.bookmark("s3://merged/model.safetensors")
+        assert bookmark is not None
+        seen.append(bookmark.find())
+        if seen[-1] is None:
+            half.write_bytes(b"half")
+            bookmark.note(str(half))
+        then(work)
+        return waits_for_stop(work)
+
+    return run
+
+
+def test_what_a_part_has_begun_stays_for_its_next_try(workshop: Workshop) -> None:
+    """After the lease was lost, the worker asked to leave, and a failure that may pass, which ends the job here."""
+    seen: list[str | None] = []
+
+    def is_late(_: Work) -> None:
+        workshop.expire()
+        assert workshop.parts.take_back_expired() == 1
+
+    def leaves(_: Work) -> None:
+        workshop.leaving = True
+
+    def fails_twice(_: Work) -> None:
+        raise StorageFailure("the store is away")
+
+    job_id = workshop.submit()
+    for then in (is_late, leaves, fails_twice, fails_twice):
+        if workshop.job(job_id).status is Status.FAILED:
+            workshop.jobs.retry("anonymous", job_id)
+        workshop.stages[Stage.PLAN] = begins(workshop, then, seen)
+        workshop.let_retry()
+        workshop.run_next()
+        workshop.leaving = False
+        assert workshop.half_written.exists()
+    assert seen == [None, *[str(workshop.half_written)] * 3]
+    assert workshop.events(job_id).count("job.retried") == 1
+
+
+def test_what_a_part_of_a_cancelled_job_has_begun_is_dropped(workshop: Workshop) -> None:
+    def cancels(work: Work) -> None:
+        workshop.jobs.cancel("anonymous", work.claim.job_id)
+
+    workshop.stages[Stage.PLAN] = begins(workshop, cancels, [])
+    workshop.submit()
+    workshop.run_next()
+    assert not workshop.half_written.exists()
+
+
+def test_what_a_part_that_fails_for_good_has_begun_is_dropped(workshop: Workshop) -> None:
+    def fails_for_good(_: Work) -> None:
+        raise BadTensor("NaN in 'w'", tensor="w")
+
+    workshop.stages[Stage.PLAN] = begins(workshop, fails_for_good, [])
+    workshop.submit()
+    workshop.run_next()
+    assert not workshop.half_written.exists()
 
 
 # The heartbeat

@@ -23,6 +23,7 @@ from tests.workers.architectures import Case
 from tests.workers.stage_runs import Run, Trials, family
 from tests.workers.tiny_models import TEXT, tokens
 from workers.chosen import as_tried
+from workers.stages import RUN
 from workers.stages.merge import merge_shard
 from workers.structures import structure_of
 from workers.tensors import TensorReader
@@ -117,12 +118,20 @@ def test_the_result_is_the_merge_that_the_chosen_recipe_gives(make: Make, space:
     assert report_of(run)["metrics"]["mean_accuracy"].keys() == {"base", "expert", "merged", "ties"}
     searched, chosen = run.merged(), report_of(run)["search"]["chosen"]
     plain = replace(run, recipe=run.work(Stage.SEARCH, 0).recipe.tried(chosen), done={}, study=Trials())
-    plan = Plan.model_validate_json((run.folder / "result/merge/plan.json").read_text())
+    planned = Plan.model_validate_json((run.folder / "result/merge/plan.json").read_text())
     (run.folder / "result/merge/manifest.json").unlink()
     plain.finish()
-    assert plan == Plan.model_validate_json((run.folder / "result/merge/plan.json").read_text())
+    assert planned == Plan.model_validate_json((run.folder / "result/merge/plan.json").read_text())
     for name, tensor in plain.merged().items():
         assert tensor.equal(searched[name])
+
+
+def test_the_plan_of_a_search_does_not_lie_where_that_of_the_result_will(make: Make) -> None:
+    """What a planner that was killed has sent may arrive when the result is whole."""
+    run = make({"scaling": [0.2, 0.7]})
+    RUN[Stage.PLAN](run.work(Stage.PLAN, 0))
+    assert (run.folder / "workspace/scratch/job/plan.json").exists()
+    assert not (run.folder / "result/merge/plan.json").exists()
 
 
 SCALED = [name for name, row in METHODS.items() if "scaling" in row.model_fields]

@@ -193,7 +193,8 @@ def _head(work: Work, plan: Plan, head: HeadPlan) -> Iterator[Artifact]:
         tensors = reader.read(checkpoint, head.tensors)
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     header = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered}
-    with TensorWriter(work.objects, plan.prefix, artifacts.head(task.name), header) as writer:
+    name = artifacts.head(task.name)
+    with TensorWriter(work.objects, plan.prefix, name, header, work.bookmark(plan.prefix + name)) as writer:
         for name, tensor in ordered:
             writer.add(name, tensor)
         artifact = writer.commit()

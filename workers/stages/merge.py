@@ -44,7 +44,11 @@ def merge_shard(work: Work, plan: Plan) -> Done:
     removed: dict[str, Tensor] = {}
     conflict = Conflict.none(len(work.recipe.tasks))
     header = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
-    with TensorReader(work.objects) as reader, TensorWriter(work.objects, plan.prefix, shard.file, header) as writer:
+    bookmark = work.bookmark(plan.prefix + shard.file)
+    with (
+        TensorReader(work.objects) as reader,
+        TensorWriter(work.objects, plan.prefix, shard.file, header, bookmark) as writer,
+    ):
         sources = Sources.open(work, plan, reader)
         # A map holds on to nothing that was read for the tensor before.
         for group, tensor, merged in map(partial(_merge, work, sources), sources.read(work, shard)):
@@ -92,7 +96,8 @@ def _write_removed(work: Work, plan: Plan, removed: Mapping[str, Tensor]) -> lis
     # Indices are wider than bases: first, so that every tensor can be viewed in place.
     ordered = sorted(removed.items(), key=lambda item: -item[1].element_size())
     header = {name: (NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in ordered}
-    with TensorWriter(work.objects, plan.prefix, artifacts.removed(work.part), header) as writer:
+    name = artifacts.removed(work.part)
+    with TensorWriter(work.objects, plan.prefix, name, header, work.bookmark(plan.prefix + name)) as writer:
         for name, tensor in ordered:
             writer.add(name, tensor)
         file = writer.commit()

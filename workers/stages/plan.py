@@ -21,7 +21,7 @@ from service.stores.checkpoints import read_checkpoint, read_header
 from service.stores.objects import ObjectMissing, Objects, failures
 from workers.skeleton import read_skeleton
 from workers.tensors import TensorReader
-from workers.work import Work
+from workers.work import Work, plan_address
 from workers.writing import write_artifact
 
 MANIFEST_LIMIT_BYTES = 256 << 20
@@ -30,7 +30,7 @@ CALIBRATE_WEIGHT, EVALUATE_WEIGHT, FINALIZE_WEIGHT = 2.0, 0.7, 1.0
 
 
 def run(work: Work) -> Done:
-    """Write ``merge/recipe.json`` and ``merge/plan.json``, and ask for the parts of the later stages.
+    """Write the recipe and the plan, and ask for the parts of the later stages.
 
     Raises:
         BadInput: the checkpoints do not fit each other (any more), or whole-number tensors differ.
@@ -59,7 +59,10 @@ def run(work: Work) -> Done:
     )
     clear(work)
     write(work, artifacts.RECIPE, recipe.model_dump_json(indent=2))
-    write(work, artifacts.PLAN, plan.model_dump_json())
+    written = write_artifact(
+        work.objects, "", plan_address(work.claim, work.workspace), plan.model_dump_json().encode()
+    )
+    work.watch.step(bytes_written=written.size)
     parts = tuple(_parts(recipe, plan, [base, *tasks]))
     return Done(warnings=(*found.warnings, *skeleton.warnings), parts=parts)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.error import HTTPError
@@ -24,11 +25,14 @@ from service.stores.blocks import Blocks
 from service.stores.local import LocalStore
 from service.stores.objects import (
     AccessDenied,
+    Bookmark,
     BucketDenied,
     ObjectChanged,
+    ObjectInfo,
     ObjectMissing,
     Objects,
     ObjectTooLarge,
+    ObjectWriter,
     StoreDown,
     failures,
     open_objects,
@@ -51,6 +55,22 @@ class Shop:
     objects: Objects
     root: str
     server: S3Server | None = None
+
+
+@dataclass
+class Notes:
+    """What a part's row keeps of one object; ``noted`` is all that was ever written there."""
+
+    handle: str | None = None
+    noted: list[str | None] = field(default_factory=list)
+
+    @property
+    def bookmark(self) -> Bookmark:
+        return Bookmark(find=lambda: self.handle, note=self._note)
+
+    def _note(self, handle: str | None) -> None:
+        self.handle = handle
+        self.noted.append(handle)
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +321,22 @@ def test_what_a_killed_writer_left_is_found_and_dropped(shop: Shop, monkeypatch:
         second.commit()
     assert list(shop.objects.unfinished(shop.root)) == []
     assert [info.address for info in shop.objects.list(shop.root)] == [shop.root + "other"]
+
+
+def test_what_was_written_before_a_writer_left_is_gone_or_of_use(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "FIRST_PART_BYTES", 5 << 20)
+    notes, data = Notes(), os.urandom(17 << 20)
+    address = shop.root + "large"
+    with shop.objects.write(address, bookmark=notes.bookmark) as writer:
+        writer.write(data[: 11 << 20])
+    begun = [found.handle for found in shop.objects.unfinished(shop.root)]
+    assert begun == ([] if shop.server is None else [notes.handle])
+    with shop.objects.write(address, bookmark=notes.bookmark) as writer:
+        writer.write(data)
+        writer.commit()
+    assert shop.objects.read_all(address, len(data)) == data
+    assert list(shop.objects.unfinished(shop.root)) == []
+    assert len(notes.noted) == len(begun)
 
 
 def test_several_threads_read_at_once(shop: Shop) -> None:
@@ -600,6 +636,196 @@ def test_an_upload_that_is_gone_and_is_not_the_object_is_no_success(
         objects.abandon(found)
         with pytest.raises(StoreDown):
             writer.commit()
+
+
+@dataclass
+class Upload:
+    """A large object whose writing was broken off after ``sent`` parts of 5 MiB, behind a proxy that counts."""
+
+    kind: str
+    proxy: StoreProxy
+    objects: Objects
+    address: str
+    data: bytes
+    notes: Notes
+
+    def write(self, data: bytes | None = None) -> list[int]:
+        """Write it, whole, and return which parts were sent for it."""
+        before = len(self.proxy.seen)
+        with self.objects.write(self.address, bookmark=self.notes.bookmark) as writer:
+            writer.write(self.data if data is None else data)
+            writer.commit()
+        return self.proxy.parts_sent(before)
+
+    def check(self, data: bytes | None = None) -> None:
+        """The object is what was written last, and nothing lies about."""
+        assert self.objects.read_all(self.address, 100 << 20) == (self.data if data is None else data)
+        assert list(self.objects.unfinished(self.address)) == []
+
+
+@pytest.fixture(params=["moto", "rclone"])
+def upload(
+    request: pytest.FixtureRequest,
+    opened: Callable[[str, Path], Shop],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Upload]:
+    """Three of four parts are there."""
+    monkeypatch.setattr(s3, "FIRST_PART_BYTES", 5 << 20)
+    shop = opened(request.param, tmp_path)
+    assert shop.server is not None
+    with store_proxy(shop.server.url) as proxy:
+        objects = _open({**shop.server.environment(), "CATMERGE_S3_ENDPOINT": proxy.url})
+        begun = Upload(shop.kind, proxy, objects, shop.root + "large", os.urandom(19 << 20), Notes())
+        with objects.write(begun.address, bookmark=begun.notes.bookmark) as writer:
+            writer.write(begun.data[: 15 << 20])
+        assert proxy.parts_sent() == [1, 2, 3]
+        yield begun
+
+
+def test_a_writer_sends_what_an_earlier_one_did_not(upload: Upload) -> None:
+    begun = upload.notes.handle
+    assert upload.write() == [4]
+    assert upload.notes.noted == [begun]
+    upload.check()
+
+
+def test_parts_that_are_others_are_sent_anew(upload: Upload) -> None:
+    data = upload.data[: 6 << 20] + os.urandom(5 << 20) + upload.data[11 << 20 :]
+    assert _write_over(upload, data, replaced=[2, 3, 4])
+    upload.check(data)
+
+
+def test_a_shorter_object_leaves_nothing_of_the_longer_one(upload: Upload) -> None:
+    data = upload.data[: 11 << 20]
+    assert _write_over(upload, data, replaced=[3])
+    upload.check(data)
+
+
+def _write_over(upload: Upload, data: bytes, replaced: list[int]) -> bool:
+    """rclone replaces no parts: what it was sent is given up, and the next writer begins anew."""
+    if upload.kind == "moto":
+        return upload.write(data) == replaced
+    with pytest.raises(StoreDown, match="cannot be replaced"):
+        upload.write(data)
+    assert upload.notes.handle is None
+    (left,) = upload.objects.unfinished(upload.address)
+    upload.objects.abandon(left)
+    return upload.write(data) == list(range(1, -(-len(data) // (5 << 20)) + 1))
+
+
+def test_digests_that_are_none_are_not_trusted(upload: Upload) -> None:
+    """Where a store encrypts with keys of its own, its ETags look like digests and are not."""
+    rule = upload.proxy.harm("GET .*uploadId=", _with_other_etags)
+    assert upload.write() == [1, 2, 3, 4]
+    assert rule.hits == 1
+    upload.check()
+
+
+def _with_other_etags(request: faulty.Request, forward: faulty.Forward) -> faulty.Answer:
+    answer = forward(request)
+    digests = re.sub(rb"[0-9a-f]{32}", b"0" * 32, answer.body)
+    return faulty.Answer(answer.status, answer.headers, digests)
+
+
+def test_a_store_that_does_not_list_parts_is_sent_all_of_them(upload: Upload) -> None:
+    upload.proxy.harm("GET .*uploadId=", faulty.failing(500), times=4)
+    assert upload.write() == [1, 2, 3, 4]
+    assert len(upload.notes.noted) == 2
+    (left,) = upload.objects.unfinished(upload.address)
+    assert left.handle == upload.notes.noted[0], "the service drops it when the job has ended"
+    upload.objects.abandon(left)
+    upload.check()
+
+
+def test_an_upload_that_has_vanished_is_begun_anew(upload: Upload) -> None:
+    """As by a rule of the bucket that ends old uploads."""
+    _abandon(upload)
+    assert upload.write() == [1, 2, 3, 4]
+    assert len(upload.notes.noted) == 2
+    upload.check()
+
+
+def test_an_upload_that_vanishes_underway_is_an_error_and_then_begun_anew(upload: Upload) -> None:
+    with upload.objects.write(upload.address, bookmark=upload.notes.bookmark) as writer:
+        writer.write(upload.data[: 6 << 20])
+        _abandon(upload)
+        with pytest.raises(StoreDown):
+            _end(writer, upload.data[6 << 20 :])
+    assert not upload.objects.exists(upload.address)
+    assert upload.write() == [1, 2, 3, 4]
+    upload.check()
+
+
+def _end(writer: ObjectWriter, data: bytes) -> ObjectInfo:
+    writer.write(data)
+    return writer.commit()
+
+
+def _abandon(upload: Upload) -> None:
+    (found,) = upload.objects.unfinished(upload.address)
+    assert found.handle == upload.notes.handle
+    upload.objects.abandon(found)
+
+
+def test_an_upload_that_the_store_can_not_put_together_is_not_gone_on_with(upload: Upload) -> None:
+    body = b"<?xml version='1.0'?><Error><Code>InvalidPart</Code><Message>on purpose</Message></Error>"
+    said = faulty.Answer(400, [("Content-Type", "application/xml")], body)
+    upload.proxy.harm("POST .*uploadId=", lambda *_: said)
+    with pytest.raises(StoreDown, match="InvalidPart"):
+        upload.write()
+    assert upload.notes.handle is None
+    assert upload.write() == [1, 2, 3, 4]
+    assert upload.objects.read_all(upload.address, 100 << 20) == upload.data
+
+
+def test_two_writers_of_one_upload_make_one_object(upload: Upload) -> None:
+    """The first one was taken for dead and was not; the second one goes on with its upload. Both may end it."""
+    data = upload.data + bytes(1 << 20)  # whole parts
+    first = upload.objects.write(upload.address, bookmark=upload.notes.bookmark)
+    with first, upload.objects.write(upload.address, bookmark=upload.notes.bookmark) as second:
+        for start in range(0, len(data), 3 << 20):
+            for writer in (first, second):
+                writer.write(data[start : start + (3 << 20)])
+        info = first.commit()
+        if upload.kind == "moto":
+            assert second.commit() == info
+        else:  # its ETags do not tell what an object was made of: better to write it again
+            with pytest.raises(StoreDown, match="knows nothing of its upload"):
+                second.commit()
+    upload.check(data)
+
+
+def test_a_late_writer_ends_the_upload_that_another_goes_on_with(upload: Upload) -> None:
+    """What it made is whole, and of the same bytes; the other one finds its upload gone, and does it again."""
+    with upload.objects.write(upload.address, bookmark=upload.notes.bookmark) as second:
+        second.write(upload.data[: 11 << 20])
+        assert upload.write() == [4]
+        with pytest.raises(StoreDown):
+            _end(second, upload.data[11 << 20 :])
+    upload.check()
+    assert upload.write() == [1, 2, 3, 4]
+    upload.check()
+
+
+def test_a_late_writer_that_gives_up_takes_nothing_from_the_one_that_goes_on(upload: Upload) -> None:
+    with upload.objects.write(upload.address, bookmark=upload.notes.bookmark) as late:
+        late.write(upload.data[: 6 << 20])
+    assert upload.write() == [4]
+    upload.check()
+
+
+def test_an_upload_that_could_not_be_noted_is_dropped(upload: Upload) -> None:
+    """Its writer was fenced off in that moment, so that nobody would find it."""
+    _abandon(upload)
+
+    def refuse(_: str | None) -> None:
+        raise ZeroDivisionError
+
+    fenced = Bookmark(find=lambda: None, note=refuse)
+    with pytest.raises(ZeroDivisionError), upload.objects.write(upload.address, bookmark=fenced) as writer:
+        writer.write(upload.data)
+    assert list(upload.objects.unfinished(upload.address)) == []
 
 
 @pytest.mark.parametrize(

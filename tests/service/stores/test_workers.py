@@ -152,10 +152,31 @@ def test_a_larger_worker_sets_a_job_free(
     placement(database).sweep()
     workers.enter(LARGE)
     placement(database, patience_seconds=0).sweep()
+    assert jobs.get(ME, job_id).warnings == ()
     workers.leave(LARGE.id)
     placement(database, patience_seconds=600).sweep()
-    assert jobs.get(ME, job_id).status is Status.RUNNING
-    assert [event.type for event in jobs.events(ME, job_id, 0, 100)[0]].count("job.stuck") == 2
+    waiting = jobs.get(ME, job_id)
+    assert (waiting.status, len(waiting.warnings)) == (Status.RUNNING, 1)
+    told = [event.type for event in jobs.events(ME, job_id, 0, 100)[0]]
+    assert (told.count("job.stuck"), told.count("job.unstuck")) == (2, 1)
+
+
+def test_a_job_that_is_placed_no_longer_warns_that_it_waits(
+    jobs: JobStore, parts: PartStore, workers: WorkerStore, database: Database
+) -> None:
+    """Between two sweeps too: its last part may be done before the next."""
+    workers.enter(SMALL)
+    job_id = planned(jobs, parts, 3 * GB, GB, 5 * GB)
+    placement(database).sweep()
+    assert parts.claim_next([Queue.HEAVY], SMALL.id, SMALL.usable_bytes) is not None
+    claim(parts, job_id, Stage.MERGE, 0, owner=LARGE.id)
+    assert len(jobs.get(ME, job_id).warnings) == 1, "the largest part still waits"
+    held = claim(parts, job_id, Stage.MERGE, 2, owner=LARGE.id)
+    assert jobs.get(ME, job_id).warnings == ()
+    parts.complete(held, Done(warnings=("another",)), Counters())
+    assert jobs.get(ME, job_id).warnings == ("another",)
+    placement(database).sweep()
+    assert [event.type for event in jobs.events(ME, job_id, 0, 100)[0]].count("job.unstuck") == 1
 
 
 def test_while_no_worker_lives_nobody_is_told_that_none_fits(
