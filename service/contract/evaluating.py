@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from service.contract.addresses import Address, Name, Prefix
 from service.contract.base import Frozen
 from service.contract.evaluation import ABOUT_ONE_TASK, RETENTIONS, Evaluation, Gate, TaskEvaluation, task_gate_fault
+from service.contract.misfits import Misfit, refuse
 from service.contract.recipe import Deadline, Digested, Metadata, Place, Priority, Seed
 from service.contract.resources import EVALUATIONS, Resource
 
@@ -104,10 +105,8 @@ class EvaluationRecipe(Digested):
     def _gates_are_measured(cls, gates: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
         if "evaluation" not in info.data or "models" not in info.data:
             return gates  # what is wrong there is said there
-        for gate in gates:
-            fault = _gate_fault(gate, info.data["evaluation"], info.data["models"])
-            if fault is not None:
-                raise ValueError(fault)
+        faults = [_gate_fault(gate, info.data["evaluation"], info.data["models"]) for gate in gates]
+        refuse((Misfit((place,), fault) for place, fault in enumerate(faults) if fault is not None), gates)
         return gates
 
     @property

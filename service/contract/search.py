@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 from service.contract.base import Frozen
 from service.contract.evaluation import Evaluation
 from service.contract.methods import METHODS, AnyMethod, Cat, Method
+from service.contract.misfits import Misfit
 
 METHOD = "method"
 WEIGHT = "weights."  # before a task's name
@@ -39,13 +40,12 @@ class Range(Frozen):
     high: float
     log: bool = Field(False, description="Spread trials evenly over the logarithm")
 
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
+    @property
+    def fault(self) -> str | None:
+        """Why it is no range; None where it is one."""
         if self.low >= self.high:
-            raise ValueError(f"the range from {self.low:g} to {self.high:g} is empty; low must be below high")
-        if self.log and self.low <= 0:
-            raise ValueError("a logarithmic range must begin above 0")
-        return self
+            return f"the range from {self.low:g} to {self.high:g} is empty; low must be below high"
+        return "a logarithmic range must begin above 0" if self.log and self.low <= 0 else None
 
 
 def _which(choice: object) -> str:
@@ -90,20 +90,6 @@ class Search(Frozen):
     trials: int | None = Field(None, ge=1, le=MAX_TRIALS, description="At most; omitted, 20, or 200 within `seconds`")
     seconds: float | None = Field(None, gt=0, le=31_536_000, description="No trial begins later, from the first one on")
     sampler: Sampler = Field("tpe", description="Optuna's TPE, at random, or every combination of lists in order")
-
-    @model_validator(mode="after")
-    def _grid_is_of_lists(self) -> Self:
-        ranges = [name for name, choice in self.space.items() if isinstance(choice, Range)]
-        if self.sampler == "grid" and ranges:
-            raise ValueError(f"a grid goes through lists of values; {', '.join(ranges)} is a range")
-        return self
-
-    @model_validator(mode="after")
-    def _methods_are_methods(self) -> Self:
-        choice = self.space.get(METHOD, ())
-        if isinstance(choice, Range) or any(name not in METHODS for name in choice):
-            raise ValueError(f"method is searched for in a list of names; those are {', '.join(METHODS)}")
-        return self
 
     @property
     def measures(self) -> Figure:
@@ -247,42 +233,92 @@ def search_faults(
     evaluation: Evaluation | None,
     *,
     is_overridden: bool,
-) -> Iterator[str]:
-    """Why a merge of ``tasks``, which bring exemplars or don't, can't be searched for so; a sentence each.
+) -> Iterator[Misfit]:
+    """Why a merge of ``tasks``, which bring exemplars or don't, can't be searched for so, and where that is said.
 
     ``is_overridden`` says that the recipe gives some parameters other parameters of the method.
     """
     names = list(tasks)
-    without = [name for name, has_exemplars in tasks.items() if not has_exemplars]
-    if search.measures == "likeness" and without:
-        yield f"{LIKENESS} compares features of exemplars of every task; there are none for {', '.join(without)}"
-    missing = _without_validation(names, evaluation)
-    if search.measures == "retention" and missing:
-        yield (
-            "a search compares trials on validation samples of every task; the evaluation has none for "
-            f"{', '.join(missing)}. Without labels, {LIKENESS} is an objective that exemplars are enough for"
-        )
+    yield from _objective_faults(search, tasks, evaluation)
     if is_overridden and METHOD in search.space:
-        yield "overrides hold for one method alone; leave them out, or method out of the search's space"
-    methods = search.methods(asked)
+        sentence = "overrides hold for one method alone; leave them out, or method out of the search's space"
+        yield Misfit(_in_space(METHOD), sentence)
     for name, choice in search.space.items():
+        yield from _range_faults(search, name, choice)
         if name.startswith(WEIGHT):
             yield from _weight_faults(name, choice, names)
-        elif name != METHOD:
+    misnamed = [*_method_faults(search)]
+    yield from misnamed
+    methods = () if misnamed else search.methods(asked)  # what parameters there are depends on them
+    for name in search.space if methods else ():
+        if name != METHOD and not name.startswith(WEIGHT):
             yield from _parameter_faults(search, name, methods)
 
 
-def _weight_faults(name: str, choice: Choice, tasks: Sequence[str]) -> Iterator[str]:
+def _in_space(name: str, *within: int | str) -> tuple[int | str, ...]:
+    """Where in a search a name of its space is, or something about it."""
+    return ("space", name, *within)
+
+
+def _objective_faults(search: Search, tasks: Mapping[str, bool], evaluation: Evaluation | None) -> Iterator[Misfit]:
+    without = [name for name, has_exemplars in tasks.items() if not has_exemplars]
+    if search.measures == "likeness" and without:
+        sentence = f"{LIKENESS} compares features of exemplars of every task; there are none for {', '.join(without)}"
+        yield Misfit(("objective",), sentence)
+    missing = _without_validation(list(tasks), evaluation)
+    if search.measures == "retention" and missing:
+        sentence = (
+            "a search compares trials on validation samples of every task; the evaluation has none for "
+            f"{', '.join(missing)}. Without labels, {LIKENESS} is an objective that exemplars are enough for"
+        )
+        yield Misfit(("objective",), sentence)
+
+
+def _range_faults(search: Search, name: str, choice: Choice) -> Iterator[Misfit]:
+    if not isinstance(choice, Range):
+        return
+    if choice.fault is not None:
+        yield Misfit(_in_space(name), choice.fault)
+    if search.sampler == "grid":
+        yield Misfit(_in_space(name), f"a grid goes through lists of values; {name} is a range")
+
+
+def _method_faults(search: Search) -> Iterator[Misfit]:
+    choice = search.space.get(METHOD, ())
+    known = f"method is searched for in a list of names; those are {', '.join(METHODS)}"
+    if isinstance(choice, Range):
+        yield Misfit(_in_space(METHOD), known)
+        return
+    for place, name in enumerate(choice):
+        if name not in METHODS:
+            yield Misfit(_in_space(METHOD, place), f"{name!r} is no method; {known}")
+
+
+def _weight_faults(name: str, choice: Choice, tasks: Sequence[str]) -> Iterator[Misfit]:
     if name.removeprefix(WEIGHT) not in tasks:
-        yield f"{name} is the weight of no task; tasks are {', '.join(tasks)}"
-    for value in _ends(choice):
+        yield Misfit(_in_space(name), f"{name} is the weight of no task; tasks are {', '.join(tasks)}")
+    for place, value in _ends(choice):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1000:
-            yield f"{name}: {value!r} is no weight; weights are numbers from 0 to 1000"
+            sentence = f"{name}: {value!r} is no weight; weights are numbers from 0 to 1000"
+            yield Misfit(_in_space(name, place), sentence)
 
 
-def _parameter_faults(search: Search, name: str, methods: Sequence[AnyMethod]) -> Iterator[str]:
+def _parameter_faults(search: Search, name: str, methods: Sequence[AnyMethod]) -> Iterator[Misfit]:
     aim, choice = Aim.of(name), search.space[name]
     knowing = [method for method in methods if aim.parameter not in NEVER and aim.target(method) is not None]
+    for sentence in _name_faults(search, name, methods, knowing):
+        yield Misfit(_in_space(name), sentence)
+    for method in knowing:
+        for place, value in _ends(choice):
+            for sentence in _value_faults(name, aim, value, method):
+                yield Misfit(_in_space(name, place), sentence)
+
+
+def _name_faults(
+    search: Search, name: str, methods: Sequence[AnyMethod], knowing: Sequence[AnyMethod]
+) -> Iterator[str]:
+    """What is wrong with a name among ``methods``, of which some are ``knowing`` it, whatever values it has."""
+    aim, choice = Aim.of(name), search.space[name]
     if not knowing:
         yield _unknown(name, aim, methods)
     elif not any(search.applies(name, method) for method in knowing):
@@ -292,8 +328,6 @@ def _parameter_faults(search: Search, name: str, methods: Sequence[AnyMethod]) -
             yield from _scaling_faults(name, method)
         if isinstance(choice, Range) and aim.kind(method) is bool:
             yield f"{name} is true or false; give a list of values"
-        for value in _ends(choice):
-            yield from _value_faults(name, aim, value, method)
 
 
 def _unknown(name: str, aim: Aim, methods: Sequence[AnyMethod]) -> str:
@@ -327,8 +361,9 @@ def _value_faults(name: str, aim: Aim, value: Value, method: AnyMethod) -> Itera
                 yield f"{method.name} does not take {name} = {value!r}: {fault['msg']}"
 
 
-def _ends(choice: Choice) -> tuple[Value, ...]:
-    return (choice.low, choice.high) if isinstance(choice, Range) else choice
+def _ends(choice: Choice) -> list[tuple[int | str, Value]]:
+    """The values of a list, or both ends of a range, and what each is found under."""
+    return [("low", choice.low), ("high", choice.high)] if isinstance(choice, Range) else [*enumerate(choice)]
 
 
 def changed(asked: AnyMethod, parameters: Parameters) -> dict[str, Any]:
