@@ -73,6 +73,7 @@ def render_page(report: Mapping[str, Any]) -> str:
             baselines=_baselines(merged) if merged else [],
             unsure=_unsure(merged) if merged else [],
             trimming=_trimming(report),
+            failed_trials=_failed_trials(report),
             facts=Markup(_data(drawn.charts)),  # noqa: S704  # escaped for a script element
             scripts=[Markup(script) for script in scripts],  # noqa: S704  # our own, and the library's
             hashes=[_hash(script) for script in scripts],
@@ -181,6 +182,16 @@ def _trimming(report: Mapping[str, Any]) -> dict[str, float] | None:
     if not energy or not before or not removed:
         return None
     return {"energy": removed / energy, "conflict": 1 - after / before}
+
+
+def _failed_trials(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The numbers of the trials that failed, and why: those of one reason together, the first reasons first."""
+    reasons: dict[str, tuple[list[str], Mapping[str, Any]]] = {}
+    for trial in (report["search"] or {}).get("trials", ()):
+        if trial.get("detail"):
+            why = trial.get("why") or {"code": None, "values": {}, "detail": trial["detail"]}
+            reasons.setdefault(trial["detail"], ([], why))[0].append(str(trial["number"]))
+    return [(", ".join(numbers), why) for numbers, why in list(reasons.values())[:WARNINGS_SHOWN]]
 
 
 def _recipe_text(report: Mapping[str, Any]) -> str | None:

@@ -284,7 +284,7 @@ class Recipe(Digested):
         try:
             return Recipe.model_validate(asked)
         except ValidationError as error:
-            raise BadInput("; ".join(fault["msg"] for fault in error.errors())) from None
+            raise BadInput(_reason(error)) from None
 
     def override(self, name: str) -> AnyMethod | None:
         """The method as the first override that matches a parameter's name changes it; None where none does."""
@@ -310,6 +310,13 @@ def _method_fault(method: AnyMethod, known: Mapping[str, Any]) -> str | None:
     if method.needs_statistics and not _bring_features(tasks):
         return f"{_named(combining)} needs exemplars or statistics of every task"
     return None
+
+
+def _reason(error: ValidationError) -> str:
+    """What pydantic found wrong; a sentence of ours as it is, with its code."""
+    raised = [(fault["msg"], fault.get("ctx", {}).get("error")) for fault in error.errors()]
+    sentences = [own.args[0] if isinstance(own, ValueError) else message for message, own in raised]
+    return sentences[0] if len(sentences) == 1 else "; ".join(sentences)
 
 
 def _named(method: Method) -> str:

@@ -90,7 +90,7 @@ def test_every_text_is_used() -> None:
     code = "".join(file.read_text() for file in TEMPLATES.iterdir() if file.name.endswith((".html", ".js")))
     code += (files("workers") / "charts.py").read_text()
     families = ("metric_", "gate_", "role_", "model_", "analysis_", "judged_", "why_", "state_", "stage_", "treated_")
-    charts = ("_chart", "_alt")
+    charts = ("_chart", "_alt", "_likeness")
     unused = [
         name
         for name in texts()
