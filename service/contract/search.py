@@ -29,8 +29,12 @@ Value = bool | int | float | str | None
 Values = Annotated[tuple[Value, ...], Field(min_length=1, max_length=256)]
 Parameters = Mapping[str, Value]
 Sampler = Literal["tpe", "random", "grid"]
-Figure = Literal["retention", "likeness"]  # what a trial measures of every task
-LIKENESS = "feature_likeness"
+Figure = Literal["retention", "likeness", "prediction_likeness"]  # what a trial measures of every task
+FEATURES, PREDICTIONS = "feature_likeness", "prediction_likeness"
+UNLABELED: Mapping[str, tuple[Figure, str]] = {  # objectives on exemplars: what they measure and compare
+    FEATURES: ("likeness", "features"),
+    PREDICTIONS: ("prediction_likeness", "predictions"),
+}
 
 
 class Range(Frozen):
@@ -82,10 +86,12 @@ class Search(Frozen):
         max_length=64,
         description="By name of the method's parameter, of `method`, or `weights.<task>`: a range or a list of values",
     )
-    objective: Literal["mean_retention", "worst_retention", "feature_likeness"] | Objective = Field(
-        "mean_retention",
-        description="What makes a trial better: shares of the experts' scores on validation samples; without labels, "
-        "how like the experts' the merged model's features of exemplars are",
+    objective: Literal["mean_retention", "worst_retention", "feature_likeness", "prediction_likeness"] | Objective = (
+        Field(
+            "mean_retention",
+            description="What makes a trial better: shares of the experts' scores on validation samples; without "
+            "labels, how like the experts' the merged model's features of exemplars are, or its predictions of classes",
+        )
     )
     trials: int | None = Field(None, ge=1, le=MAX_TRIALS, description="At most; omitted, 20, or 200 within `seconds`")
     seconds: float | None = Field(None, gt=0, le=31_536_000, description="No trial begins later, from the first one on")
@@ -94,7 +100,12 @@ class Search(Frozen):
     @property
     def measures(self) -> Figure:
         """What a trial measures of every task."""
-        return "likeness" if self.objective == LIKENESS else "retention"
+        return UNLABELED[self.objective][0] if isinstance(self.objective, str) and self.is_unlabeled else "retention"
+
+    @property
+    def is_unlabeled(self) -> bool:
+        """Whether trials are compared on exemplars, which have no labels."""
+        return self.objective in UNLABELED
 
     def value(self, figures: Sequence[float]) -> float:
         """The objective's value, from what was measured of each task; NaN where one of them is."""
@@ -262,14 +273,14 @@ def _in_space(name: str, *within: int | str) -> tuple[int | str, ...]:
 
 def _objective_faults(search: Search, tasks: Mapping[str, bool], evaluation: Evaluation | None) -> Iterator[Misfit]:
     without = [name for name, has_exemplars in tasks.items() if not has_exemplars]
-    if search.measures == "likeness" and without:
-        sentence = f"{LIKENESS} compares features of exemplars of every task; there are none for {', '.join(without)}"
-        yield Misfit(("objective",), sentence)
+    if isinstance(search.objective, str) and search.is_unlabeled and without:
+        compared = f"{search.objective} compares {UNLABELED[search.objective][1]} of exemplars of every task"
+        yield Misfit(("objective",), f"{compared}; there are none for {', '.join(without)}")
     missing = _without_validation(list(tasks), evaluation)
     if search.measures == "retention" and missing:
         sentence = (
             "a search compares trials on validation samples of every task; the evaluation has none for "
-            f"{', '.join(missing)}. Without labels, {LIKENESS} is an objective that exemplars are enough for"
+            f"{', '.join(missing)}. Without labels, exemplars are enough for {' and '.join(UNLABELED)}"
         )
         yield Misfit(("objective",), sentence)
 

@@ -121,7 +121,8 @@ def _retentions(work: Work, reader: TensorReader, merged: dict[str, Tensor]) -> 
 
 MEASURE: Mapping[Figure, Callable[[Work, TensorReader, dict[str, Tensor]], dict[str, float]]] = {
     "retention": _retentions,
-    "likeness": likenesses,
+    "likeness": partial(likenesses, figure="likeness"),
+    "prediction_likeness": partial(likenesses, figure="prediction_likeness"),
 }
 
 

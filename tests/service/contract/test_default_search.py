@@ -83,14 +83,23 @@ def test_a_trial_does_not_search() -> None:
     assert recipe(search={"space": {"method": ["cat", "ties"]}}).tried({"method": "ties"}).search is None
 
 
-def test_without_labels_exemplars_are_enough_for_a_search() -> None:
-    search = {"space": {"scaling": [0.3, 0.5]}, "objective": "feature_likeness"}
+@pytest.mark.parametrize(
+    ("objective", "measures", "compares"),
+    [
+        ("feature_likeness", "likeness", "features"),
+        ("prediction_likeness", "prediction_likeness", "predictions"),
+    ],
+)
+def test_without_labels_exemplars_are_enough_for_a_search(objective: str, measures: str, compares: str) -> None:
+    search = {"space": {"scaling": [0.3, 0.5]}, "objective": objective}
     asked = recipe(search=search, evaluation=None)
     assert asked.search is not None
-    assert asked.search.measures == "likeness"
+    assert asked.search.measures == measures
     assert asked.search.value([0.5, 1.0]) == 0.75
-    sentence = "feature_likeness compares features of exemplars of every task; there are none for cars, pets"
+    sentence = f"{objective} compares {compares} of exemplars of every task; there are none for cars, pets"
     with pytest.raises(ValidationError, match=sentence):
         recipe(search=search, exemplars=False)
-    with pytest.raises(ValidationError, match="Without labels, feature_likeness is an objective"):
+    with pytest.raises(
+        ValidationError, match="Without labels, exemplars are enough for feature_likeness and prediction_likeness"
+    ):
         recipe(search={"space": {"scaling": [0.3, 0.5]}}, evaluation=None)
