@@ -106,8 +106,8 @@ def test_classes_may_be_predicted_by_a_head_of_features(make: Make, tmp_path: Pa
     run.finish()
     (trial,) = run.study.known
     for task, figure in trial.output["prediction_likeness"].items():
-        inputs, head = load_file(tmp_path / f"{task}.safetensors"), load_file(tmp_path / f"{task}-head.safetensors")
-        rows = head["weight"].T * head["logit_scale"].exp()
+        inputs, matrix = load_file(tmp_path / f"{task}.safetensors"), load_file(tmp_path / f"{task}-head.safetensors")
+        rows = matrix["weight"].T * matrix["logit_scale"].exp()
         expert, merged = (
             (functional.normalize(features(place, inputs)) @ rows).softmax(1)
             for place in (tmp_path / task, tmp_path / "result")
