@@ -80,6 +80,20 @@ def test_a_warning_speaks_the_language_of_its_reader() -> None:
     assert str(noticed(as_rows(["careful"])[0])) == '<span lang="en">careful</span>'
 
 
+def test_trials_that_failed_alike_are_told_of_together_and_older_ones_as_they_were_written() -> None:
+    report = made_up()
+    trials = report["search"]["trials"]
+    trials[5] |= {key: trials[3][key] for key in ("state", "value", "detail", "why")}
+    trials[7] |= {"state": "failed", "value": None, "detail": "it was <too> much", "why": None}
+    page = render_html(report)
+    chapter = page[page.index('<section id="search">') : page.index('<section id="cost">')]
+    assert chapter.count("<li>") == 2
+    assert "3, 5: " in chapter
+    assert "does not fit into F16" in chapter
+    assert "F16 の範囲を超えて" in chapter
+    assert '<span lang="en">it was &lt;too&gt; much</span>' in chapter
+
+
 def test_what_becomes_of_parameters_without_statistics_has_a_text() -> None:
     treated = {method.without or "kept untrimmed" for method in METHODS.values()}
     assert [words for words in treated if not known("treated_" + words.replace(" ", "_"))] == []
