@@ -148,7 +148,8 @@ class Recipe(Digested):
     search: Search | None = Field(
         None,
         description="Parameters to search for, in place of those that are given; null for none. Omitted, and no "
-        "scaling given, but validation samples of every task: a few scalings around the method's default",
+        "scaling given, but validation samples of every task, or exemplars of tasks that are evaluated by classes: "
+        "a few scalings around the method's default",
     )
     output: Output = Field(default_factory=Output)
     seed: Seed = 0
@@ -273,7 +274,9 @@ class Recipe(Digested):
         is_given = any({SCALING, "then"} & row.parameters.keys() for row in self.overrides)
         if self.mode == "analysis" or is_given:
             return None
-        return default_search(self.method, [task.name for task in self.tasks], self.evaluation)
+        return default_search(
+            self.method, {task.name: task.exemplars is not None for task in self.tasks}, self.evaluation
+        )
 
     def tried(self, parameters: Parameters) -> Recipe:
         """The recipe of a trial. Raises BadInput where the parameters do not go together."""

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from service.contract.base import Frozen
 from service.contract.evaluation import Evaluation
 from service.contract.methods import METHODS, AnyMethod, Cat, Method
+from service.contract.metrics import Kind
 from service.contract.misfits import Misfit
 
 METHOD = "method"
@@ -30,7 +31,8 @@ Values = Annotated[tuple[Value, ...], Field(min_length=1, max_length=256)]
 Parameters = Mapping[str, Value]
 Sampler = Literal["tpe", "random", "grid"]
 Figure = Literal["retention", "likeness", "prediction_likeness"]  # what a trial measures of every task
-FEATURES, PREDICTIONS = "feature_likeness", "prediction_likeness"
+FEATURES: Final = "feature_likeness"
+PREDICTIONS: Final = "prediction_likeness"
 UNLABELED: Mapping[str, tuple[Figure, str]] = {  # objectives on exemplars: what they measure and compare
     FEATURES: ("likeness", "features"),
     PREDICTIONS: ("prediction_likeness", "predictions"),
@@ -206,19 +208,36 @@ def is_whole(name: str, method: AnyMethod) -> bool:
     return Aim.of(name).kind(method) is int
 
 
-def default_search(asked: AnyMethod, tasks: Sequence[str], evaluation: Evaluation | None) -> Search | None:
-    """A few scalings around the method's default, where none was given and every task has validation samples.
+def default_search(asked: AnyMethod, tasks: Mapping[str, bool], evaluation: Evaluation | None) -> Search | None:
+    """A few scalings around the method's default, where none was given and ``tasks`` have something to compare by.
 
-    The default comes first: of equal trials the first one is chosen.
+    ``tasks`` are told with whether they bring exemplars. The default comes first: of equal trials the first is chosen.
     """
     combining = asked.combining
     is_given = SCALING in combining.model_fields_set or SCALING not in type(combining).model_fields
     is_bound = isinstance(asked, Cat) and asked.features_at == "scaled"  # calibration depends on it
-    if is_given or is_bound or _without_validation(tasks, evaluation):
+    objective = _usual_objective(tasks, evaluation)
+    if is_given or is_bound or objective is None:
         return None
     name = SCALING if combining is asked else THEN + SCALING
     usual = combining.model_dump()[SCALING]
-    return Search(space={name: tuple(round(usual * factor, 6) for factor in AROUND_DEFAULT)}, sampler="grid")
+    scalings = tuple(round(usual * factor, 6) for factor in AROUND_DEFAULT)
+    return Search(space={name: scalings}, sampler="grid", objective=objective)
+
+
+def _usual_objective(
+    tasks: Mapping[str, bool], evaluation: Evaluation | None
+) -> Literal["mean_retention", "prediction_likeness"] | None:
+    """What to compare trials by that nobody asked for: validation samples, or else what classes exemplars are given.
+
+    Only of tasks that are evaluated by classes: then there are heads that predict them, and a worker holds whole models
+    in memory anyway, which a merge alone never does.
+    """
+    if not _without_validation(list(tasks), evaluation):
+        return "mean_retention"
+    rows = {row.task: row for row in evaluation.tasks} if evaluation else {}
+    are_classed = all(name in rows and rows[name].kind is Kind.CLASSIFICATION for name in tasks)
+    return PREDICTIONS if are_classed and all(tasks.values()) else None
 
 
 def _without_validation(tasks: Sequence[str], evaluation: Evaluation | None) -> list[str]:

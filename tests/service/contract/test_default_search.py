@@ -12,11 +12,13 @@ from service.contract.recipe import Recipe
 TASKS = ("cars", "pets")
 
 
-def recipe(*, validation: tuple[str, ...] = TASKS, exemplars: bool = True, **changes: Any) -> Recipe:
+def recipe(
+    *, validation: tuple[str, ...] = TASKS, exemplars: bool = True, kind: str = "classification", **changes: Any
+) -> Recipe:
     tasks = [{"name": name, "checkpoint": f"s3://models/{name}/"} for name in TASKS]
     if exemplars:
         tasks = [{**task, "exemplars": f"s3://data/{task['name']}.safetensors"} for task in tasks]
-    rows = [{"task": name, "labeled": f"s3://data/{name}-test.safetensors"} for name in TASKS]
+    rows = [{"task": name, "labeled": f"s3://data/{name}-test.safetensors", "kind": kind} for name in TASKS]
     for row in rows:
         if row["task"] in validation:
             row["validation"] = f"s3://data/{row['task']}-val.safetensors"
@@ -45,6 +47,14 @@ def test_a_few_scalings_around_the_default_are_tried(method: Any, name: str, sca
     assert (asked.search.objective, asked.search.count(asked.method)) == ("mean_retention", 5)
 
 
+@pytest.mark.parametrize("validation", [(), TASKS[:1]])
+def test_without_labels_the_predictions_of_exemplars_are_compared(validation: tuple[str, ...]) -> None:
+    asked = recipe(validation=validation)
+    assert space(asked) == {"scaling": (0.4, 0.3, 0.5, 0.2, 0.6)}
+    assert asked.search is not None
+    assert asked.search.objective == "prediction_likeness"
+
+
 def test_a_recipe_without_a_method_is_searched_for_too() -> None:
     assert space(recipe()) == {"scaling": (0.4, 0.3, 0.5, 0.2, 0.6)}
 
@@ -60,8 +70,10 @@ def test_a_recipe_without_a_method_is_searched_for_too() -> None:
         {"search": None},
         {"mode": "analysis", "evaluation": None},
         {"evaluation": None},
-        {"validation": ()},
-        {"validation": TASKS[:1]},
+        {"validation": (), "exemplars": False},
+        {"validation": TASKS[:1], "exemplars": False},
+        {"validation": (), "kind": "regression"},
+        {"validation": (), "evaluation": {"tasks": [{"task": "cars", "labeled": "s3://data/cars.safetensors"}]}},
     ],
 )
 def test_nothing_is_searched_for(changes: dict[str, Any]) -> None:
