@@ -18,12 +18,13 @@ from typer.testing import CliRunner, Result
 
 from service.cli.app import app
 from service.cli.comparison import Comparison, Row, Section, compared
-from service.cli.comparison_page import page
+from service.cli.comparison_page import STYLE, page
 from service.cli.wording import LANGUAGES, TEXTS
 from service.contract.job import Status
 from service.contract.parts import Counters, Done
 from service.contract.stages import PartMessage, Stage
 from tests.service.front import Front, artifact, checkpoint, open_front, recipe
+from workers.palette import contrast
 
 PAGE = b"<!doctype html><title>report</title>"
 
@@ -306,3 +307,17 @@ def test_what_a_recipe_says_is_never_taken_for_markup() -> None:
     html = page(found)
     assert not re.findall(r"<[ibus]>", html.partition("<body>")[2])
     assert "&lt;u&gt;" in html
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_the_page_can_be_read_in_either_theme(theme: int) -> None:
+    """Text at 4.5 to 1 and graphics at 3 to 1, as WCAG 2.2 has it at level AA."""
+    block = re.findall(r":root {([^}]*)}", STYLE)[theme]
+    whole = {name: six_digits(color) for name, color in re.findall(r"--(\w+): (#[0-9a-f]+)", block)}
+    for ink in ("ink", "soft", "good"):
+        assert contrast(whole[ink], whole["paper"]) >= 4.5, ink
+    assert min(contrast(whole["bar"], whole[ground]) for ground in ("track", "paper")) >= 3
+
+
+def six_digits(color: str) -> str:
+    return color if len(color) == 7 else "#" + "".join(2 * digit for digit in color[1:])
