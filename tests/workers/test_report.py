@@ -18,7 +18,9 @@ from service.contract.treatments import Role
 from service.contract.trials import TrialState
 from tests.workers.made_up_report import made_up
 from workers import figures
-from workers.charts import VEGA_LITE, layer_charts, library, quality_charts
+from workers.charts.chart import VEGA_LITE, library
+from workers.charts.layers import layer_charts
+from workers.charts.quality import quality_charts
 from workers.languages import LANGUAGES, both, known, noticed, said, texts, token
 from workers.report import render_card, render_html
 from workers.usage import Usage, summed
@@ -102,7 +104,7 @@ def test_what_becomes_of_parameters_without_statistics_has_a_text() -> None:
 def test_every_text_is_used() -> None:
     """Those of metrics, gates, roles, models and charts are named in the code by the end of their names."""
     code = "".join(file.read_text() for file in TEMPLATES.iterdir() if file.name.endswith((".html", ".js")))
-    code += (files("workers") / "charts.py").read_text()
+    code += "".join(file.read_text() for file in (files("workers") / "charts").iterdir() if file.name.endswith(".py"))
     families = ("metric_", "gate_", "role_", "model_", "analysis_", "judged_", "why_", "state_", "stage_", "treated_")
     charts = ("_chart", "_alt", "_likeness")
     unused = [
