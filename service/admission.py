@@ -26,12 +26,13 @@ from service.contract.errors import (
 )
 from service.contract.evaluation import TaskEvaluation, TextColumns, is_text
 from service.contract.fit import fit
-from service.contract.labeled import labeled_faults, model_faults
+from service.contract.labeled import class_fault, labeled_faults, model_faults
 from service.contract.plan import Plan
 from service.contract.planning import make_plan
 from service.contract.recipe import Recipe
 from service.contract.roles import guess_parameter
 from service.contract.samples import head_faults, input_faults, statistics_faults
+from service.contract.search import FEATURES, PREDICTIONS
 from service.contract.textfiles import HEAD_BYTES, LIMIT_BYTES, holds_tokenizer, label_names, text_faults
 from service.stores.checkpoints import read_checkpoint, read_header
 from service.stores.objects import Objects, refusals
@@ -74,7 +75,7 @@ def admit(recipe: Recipe, objects: Objects) -> Plan:
         inputs = _checkpoint_addresses(recipe) | file_addresses(recipe)
         faults += place_faults(output.prefix, inputs, objects, is_free=output.overwrite)
     opened = _open(recipe, objects, faults)
-    faults += _file_faults(recipe, opened)
+    faults += [*_file_faults(recipe, opened), *_prediction_faults(recipe, opened)]
     tasks = [task for task in opened.tasks if task is not None]
     if opened.base is None or len(tasks) < len(recipe.tasks):
         raise refusal_of(faults)
@@ -205,6 +206,21 @@ def _file_faults(recipe: Recipe, opened: Opened) -> list[Fault]:
             sentences = check(header, checkpoint)
             faults += [Fault(pointer, ExemplarsDoNotFit.code, f"{address}: {sentence}") for sentence in sentences]
     return faults
+
+
+def _prediction_faults(recipe: Recipe, opened: Opened) -> Iterator[Fault]:
+    """Tasks that predict no classes, where a search compares predictions."""
+    if recipe.search is None or recipe.search.objective != PREDICTIONS:
+        return
+    for task, checkpoint in zip(recipe.tasks, opened.tasks, strict=True):
+        row = recipe.evaluation.row(task.name) if recipe.evaluation else None
+        config = checkpoint.config if checkpoint is not None else None
+        found = class_fault(config) if config is not None and not (row and row.head) else None
+        if found is not None:
+            advice = (
+                f"{PREDICTIONS} compares predictions of classes; {FEATURES} compares features, which every task has"
+            )
+            yield Fault("/search/objective", ExemplarsDoNotFit.code, f"{task.name}: {found}; {advice}")
 
 
 def _exemplar_faults(header: Header, checkpoint: Checkpoint) -> list[str]:

@@ -168,9 +168,11 @@ class CatmergeClient:
         headers = {"Idempotency-Key": key or str(uuid.uuid4())}
         return self._json("POST", path, json=_body(recipe), headers=headers)
 
-    def plan(self, recipe: Recipe | Mapping[str, Any]) -> JsonObject:
-        """What a merge would do and need; nothing is stored."""
-        return self._json("POST", "/v1/merges:plan", json=_body(recipe))
+    def plan(self, recipe: AnyRecipe | Mapping[str, Any]) -> JsonObject:
+        """What a merge, or an evaluation, would do and need; nothing is stored. Recipes with models are evaluations."""
+        body = _body(recipe)
+        resource = EVALUATIONS if "models" in body else MERGES
+        return self._json("POST", f"/v1/{resource.plural}:plan", json=body)
 
     def cancel(self, job_id: str) -> JsonObject:
         """Ask for the end of a job; one that has ended is returned as it is."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from service.contract.errors import BadInput
 from service.contract.evaluation import TaskEvaluation
 from service.contract.metrics import Metric
+from service.contract.notices import Notice
 
 Samples = Mapping[str, Tensor]  # what a labeled file holds: model inputs [n, ...], and `labels`
 Rows = NDArray[np.int64]  # indices of samples
@@ -84,5 +85,5 @@ def mean_of_rows(contributions: NDArray[Any], rows: Rows) -> NDArray[np.float64]
 def refuse_non_finite(values: Tensor, setting: Setting) -> Tensor:
     """A model's answers, where they are numbers. Raises BadInput."""
     if not values.isfinite().all():
-        raise BadInput(f"the model gives NaN or infinity on the labeled samples of task {setting.row.task!r}")
+        raise BadInput(Notice("answers_not_finite", task=setting.row.task))
     return values

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from service.contract.errors import BadTensor
+from service.contract.notices import Notice
 from service.contract.plan import TensorPlan
 from service.contract.recipe import Recipe, Task
 from workers.angles import gram
@@ -265,11 +266,7 @@ def merge_by_pieces(
 
 def _refuse_overflow(plan: TensorPlan, tensor: Tensor) -> None:
     if not is_finite(tensor):
-        raise BadTensor(
-            f"the merged {plan.name!r} does not fit into {plan.dtype}: it overflows. Lower method.scaling, or choose "
-            "a wider output.dtype",
-            tensor=plan.name,
-        )
+        raise BadTensor(Notice("merged_overflows", parameter=plan.name, dtype=plan.dtype), tensor=plan.name)
 
 
 def _refuse_non_finite(
@@ -282,12 +279,9 @@ def _refuse_non_finite(
         if is_finite(vector):
             continue
         if not is_finite(start):
-            raise BadTensor(
-                f"the base holds NaN or infinity in {plan.name!r} ({recipe.base}); merge finite checkpoints",
-                tensor=plan.name,
-            )
+            raise BadTensor(Notice("base_not_finite", parameter=plan.name, checkpoint=recipe.base), tensor=plan.name)
         raise BadTensor(
-            f"task {task.name!r} holds NaN or infinity in {plan.name!r} ({task.checkpoint}); merge finite checkpoints",
+            Notice("task_not_finite", task=task.name, parameter=plan.name, checkpoint=task.checkpoint),
             tensor=plan.name,
         )
 

@@ -15,8 +15,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from service.contract.metrics import METRICS
-from workers import charts, figures
-from workers.charts import Chart
+from workers import figures
+from workers.charts.chart import Chart, library
+from workers.charts.layers import layer_charts
+from workers.charts.quality import evaluation_charts, metric_of, models_of, quality_charts
+from workers.charts.search import named_values, search_charts
+from workers.charts.tasks import conflict_charts
 from workers.languages import LANGUAGES, MARK, both, known, noticed, plain, said, texts
 from workers.palette import all_colors
 
@@ -73,6 +77,7 @@ def render_page(report: Mapping[str, Any]) -> str:
             baselines=_baselines(merged) if merged else [],
             unsure=_unsure(merged) if merged else [],
             trimming=_trimming(report),
+            failed_trials=_failed_trials(report),
             facts=Markup(_data(drawn.charts)),  # noqa: S704  # escaped for a script element
             scripts=[Markup(script) for script in scripts],  # noqa: S704  # our own, and the library's
             hashes=[_hash(script) for script in scripts],
@@ -103,14 +108,14 @@ def _is_evaluation(report: Mapping[str, Any]) -> bool:
 
 def _charts(report: Mapping[str, Any]) -> Iterator[Chart]:
     if report.get("metrics"):
-        draw = charts.evaluation_charts if _is_evaluation(report) else charts.quality_charts
+        draw = evaluation_charts if _is_evaluation(report) else quality_charts
         yield from draw(report["metrics"], report.get("gates") or [])
     if report.get("layers"):
-        yield from charts.layer_charts(report["layers"])
+        yield from layer_charts(report["layers"])
     if report.get("conflict"):
-        yield from charts.conflict_charts(report["conflict"])
+        yield from conflict_charts(report["conflict"])
     if report.get("search"):
-        yield from charts.search_charts(report["search"])
+        yield from search_charts(report["search"])
 
 
 # What is worked out before it is said
@@ -121,8 +126,8 @@ def _score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "task": name,
-            "metric": charts.metric_of(row),
-            "lower": row.get("better") == "lower" or _lower(charts.metric_of(row)),
+            "metric": metric_of(row),
+            "lower": row.get("better") == "lower" or _lower(metric_of(row)),
             "samples": row["samples"],
             "retention": figures.percent(row["retention"]),
             "retention_span": figures.span((row.get("intervals") or {}).get("retention"), "accuracy"),
@@ -135,7 +140,7 @@ def _score_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _cells(metrics: Mapping[str, Any], row: Mapping[str, Any]) -> Iterator[tuple[str, str | None, str | None]]:
     """Score, interval and what trimming gains over it: of merged, expert, every baseline that any task has, base."""
-    found, metric, baselines = charts.models_of(row), charts.metric_of(row), row.get("baselines") or {}
+    found, metric, baselines = models_of(row), metric_of(row), row.get("baselines") or {}
     for model in ("merged", "expert", *_baseline_names(metrics), "base"):  # small screens show what comes first
         value, ends = found.get(model, (None, None))
         gain = figures.difference((baselines.get(model) or {}).get("gain"), metric)
@@ -183,6 +188,16 @@ def _trimming(report: Mapping[str, Any]) -> dict[str, float] | None:
     return {"energy": removed / energy, "conflict": 1 - after / before}
 
 
+def _failed_trials(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The numbers of the trials that failed, and why: those of one reason together, the first reasons first."""
+    reasons: dict[str, tuple[list[str], Mapping[str, Any]]] = {}
+    for trial in (report["search"] or {}).get("trials", ()):
+        if trial.get("detail"):
+            why = trial.get("why") or {"code": None, "values": {}, "detail": trial["detail"]}
+            reasons.setdefault(trial["detail"], ([], why))[0].append(str(trial["number"]))
+    return [(", ".join(numbers), why) for numbers, why in list(reasons.values())[:WARNINGS_SHOWN]]
+
+
 def _recipe_text(report: Mapping[str, Any]) -> str | None:
     text = json.dumps(report["recipe"], indent=2, ensure_ascii=False) if report.get("recipe") else None
     return text if text is not None and len(text) <= RECIPE_LIMIT_CHARACTERS else None
@@ -216,7 +231,7 @@ def _words(values: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 @cache
 def _library() -> str:
     """The chart library as text for a script element."""
-    return charts.library().replace("</script", "<\\/script")
+    return library().replace("</script", "<\\/script")
 
 
 def _file(name: str) -> str:
@@ -247,7 +262,7 @@ def _environment() -> Environment:
         "seconds": _glued(figures.seconds),
         "said": said,
         "gate_figure": _glued(_gate_figure),
-        "parameters": charts.named_values,
+        "parameters": named_values,
     }
     environment.globals |= {
         "t": both,
@@ -255,7 +270,7 @@ def _environment() -> Environment:
         "known": known,
         "noticed": noticed,
         "span": figures.span,
-        "metric_of": charts.metric_of,
+        "metric_of": metric_of,
         "colors": all_colors(),
         "styles": Markup(_file("report.css")),  # noqa: S704  # our own
     }
@@ -280,5 +295,5 @@ def _gate_figure(value: float | None, gate: Mapping[str, Any], metrics: Mapping[
         return figures.size(value)
     if gate["metric"] in ("task_score", "task_drop"):
         row = (metrics or {}).get("tasks", {}).get(gate.get("task"), {})
-        return figures.score(value, charts.metric_of(row))
+        return figures.score(value, metric_of(row))
     return figures.percent(value)

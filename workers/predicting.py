@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers import GenerationConfig
 
 from service.contract.errors import BadInput, UnsupportedArchitecture
+from service.contract.notices import Notice
 from workers.exemplars import longest_sequence
 from workers.forward import unpadded_places
 
@@ -153,13 +154,13 @@ def _attended(batch: Mapping[str, Tensor]) -> Tensor:
 
 def _refuse_unbounded(values: Tensor) -> None:
     if not bool(values.isfinite().all()):
-        raise BadInput("the model gives NaN or infinity on the labeled samples")
+        raise BadInput(Notice("tokens_not_finite"))
 
 
 def _refuse_nan(_: Tensor, scores: Tensor) -> Tensor:
     """A step of ``generate`` that changes nothing: -inf only forbids a token, but NaN would write one at random."""
     if bool(scores.isnan().any()):
-        raise BadInput("the model gives NaN on the labeled samples")
+        raise BadInput(Notice("tokens_not_finite"))
     return scores
 
 

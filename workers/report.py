@@ -14,7 +14,7 @@ from service.contract.parts import SoFar
 from service.contract.plan import Plan
 from service.contract.recipe import Recipe
 from workers import figures
-from workers.charts import metric_of
+from workers.charts.quality import metric_of
 from workers.licenses import conjunction
 from workers.page import render_page
 

@@ -46,6 +46,7 @@ def _row(search: Search, trial: TrialRecord, best: float | None) -> dict[str, An
         "parameters": dict(trial.parameters),
         search.measures: trial.output.get(search.measures),
         "detail": trial.detail,
+        "why": trial.output.get("why"),
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from service.contract.errors import BadInput, UnsupportedArchitecture
+from workers.bench import Bench
+from workers.candidate import Candidate
 from workers.exemplars import naming
 from workers.forward import batches, check_inputs, device_of, lacks_padding
 from workers.metrics import KINDS
@@ -36,19 +38,61 @@ def compare(trials: Sequence[Trial]) -> dict[str, Any]:
     """
     start = time.monotonic()
     first, *others = trials
-    size, merged = _times(first, first, "merged")
-    experts = {first.row.task: statistics.median(_times(first, first, "expert")[1])}
+    size, merged = _times(first, first.load("merged"))
+    experts = {first.row.task: statistics.median(_times(first, first.load("expert"))[1])}
     for trial in others:
         if time.monotonic() - start < ALL_SECONDS:
             with suppress(BadInput, UnsupportedArchitecture):
-                experts[trial.row.task] = statistics.median(_times(trial, first, "expert")[1])
-    latency = statistics.median([*merged, *_times(first, first, "merged")[1]])
+                experts[trial.row.task] = statistics.median(_times(first, trial.load("expert"))[1])
+    latency = statistics.median([*merged, *_times(first, first.load("merged"))[1]])
     return {
         "device": first.work.device,
         "batch": size,
         "merged": _pace(latency, size),
         "experts": {name: _pace(seconds, size) for name, seconds in experts.items()},
         "latency_ratio": latency / statistics.fmean(experts.values()),
+    }
+
+
+def compare_candidates(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """How fast the models of an evaluation are, on one batch of the first one's samples.
+
+    Models are timed there and, as far as there is time, back again, so that a machine that slows down or speeds up
+    favors none; a model's ratio is that of its latency to the mean of the references', None for these and where there
+    is none. Models that can't take the first one's samples are left out, and with many references those that there is
+    no time for, but one.
+
+    Raises:
+        BadInput: the samples do not fit the first model.
+        InputChanged, StorageFailure, UnsupportedArchitecture.
+    """
+    start = time.monotonic()
+    first, *others = candidates
+    size, seconds = _times(first, first.load())
+    times = {first.model.name: seconds}
+    for candidate in (*others, *reversed(candidates)):
+        if time.monotonic() - start < ALL_SECONDS or _is_needed(candidate, candidates, times):
+            with suppress(BadInput, UnsupportedArchitecture):
+                found = _times(first, candidate.load())[1]
+                times[candidate.model.name] = [*times.get(candidate.model.name, ()), *found]
+    return {"device": first.work.device, "batch": size, "models": _paces(candidates, times, size)}
+
+
+def _is_needed(candidate: Candidate, candidates: Sequence[Candidate], timed: Collection[str]) -> bool:
+    """Whether a model is to be timed whatever it takes: each that is no reference, and the first that is one."""
+    if candidate.model.reference:
+        return not any(other.model.name in timed for other in candidates if other.model.reference)
+    return candidate.model.name not in timed
+
+
+def _paces(candidates: Sequence[Candidate], times: Mapping[str, Sequence[float]], size: int) -> dict[str, Any]:
+    """Each model's pace, and how it compares with the references'."""
+    paces = {name: _pace(statistics.median(found), size) for name, found in times.items()}
+    references = [c.model.name for c in candidates if c.model.reference and c.model.name in paces]
+    usual = statistics.fmean(paces[name]["latency_seconds"] for name in references) if references else None
+    return {
+        name: {**pace, "latency_ratio": _over(pace, None if name in references else usual)}
+        for name, pace in paces.items()
     }
 
 
@@ -65,15 +109,18 @@ def run_times(model: nn.Module, batch: Mapping[str, Tensor], on_run: Callable[[]
     return times
 
 
-def _times(trial: Trial, first: Trial, which: str) -> tuple[int, list[float]]:
+def _times(first: Bench, model: nn.Module) -> tuple[int, list[float]]:
     """How many samples of the first task are in a batch, and the seconds that a model takes for it."""
-    model = trial.load(which)
     inputs = KINDS[first.row.kind].inputs(model, first.samples)
     with naming(first.row.labeled):
         check_inputs(model, inputs)
     size = 1 if lacks_padding(model, inputs) else min(LARGEST_BATCH, first.evaluation.batch_size)
     batch = next(batches(inputs, size, device_of(model)))
-    return len(next(iter(batch.values()))), run_times(model, batch, trial.work.watch.step)
+    return len(next(iter(batch.values()))), run_times(model, batch, first.work.watch.step)
+
+
+def _over(pace: Mapping[str, float], usual: float | None) -> float | None:
+    return None if usual is None else pace["latency_seconds"] / usual
 
 
 def _pace(latency: float, samples: int) -> dict[str, float]:

@@ -27,13 +27,16 @@ from workers.scores import (
 Found = Mapping[tuple[str, str], ModelScores]  # by task and model
 
 
-def evaluated(recipe: EvaluationRecipe, found: Found, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The scores as the report has them; ``sizes`` are the bytes of each model."""
+def evaluated(
+    recipe: EvaluationRecipe, found: Found, sizes: Mapping[str, int], speed: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The scores as the report has them; ``sizes`` are the bytes of each model, ``speed`` is how fast they were."""
     return {
         "tasks": {row.task: _task(recipe, row, found) for row in recipe.evaluation.tasks},
         "models": {model.name: _model(recipe, model, found, sizes[model.name]) for model in recipe.models},
         "confidence": recipe.evaluation.confidence,
         "resamples": recipe.evaluation.resamples,
+        "speed": speed,
     }
 
 
@@ -121,7 +124,8 @@ def _as_merged(metrics: Mapping[str, Any], model: str) -> dict[str, Any]:
         for name, row in metrics["tasks"].items()
         if model in row["models"]
     }
-    return {**metrics["models"][model], "tasks": tasks, "speed": None}
+    speed = (metrics["speed"] or {"models": {}})["models"].get(model)
+    return {**metrics["models"][model], "tasks": tasks, "speed": speed}
 
 
 def _as_merged_on(row: Mapping[str, Any]) -> dict[str, Any]:

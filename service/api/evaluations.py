@@ -1,4 +1,4 @@
-"""Evaluations: a door to submit them; for the rest they are jobs, and answer as merges do."""
+"""Evaluations: doors to submit and to plan them; for the rest they are jobs, and answer as merges do."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.responses import JSONResponse
 
 from service.api import artifacts, events, merges
 from service.api.deps import Caller, Doors
 from service.api.faults import read_evaluation
 from service.api.merges import KEY_HEADER, WAIT_HEADER, JsonBody, recipe_body, submitted
-from service.api.views import EvaluationList, EvaluationView, JobList, JobView
+from service.api.views import (
+    EvaluationList,
+    EvaluationPlanView,
+    EvaluationView,
+    JobList,
+    JobView,
+    evaluation_plan_json,
+)
 from service.contract.resources import EVALUATIONS, MERGES
+from service.evaluation_admission import admit_evaluation
 
 router = APIRouter(prefix="/v1", tags=["evaluations"])
 
@@ -30,6 +39,17 @@ SHOWN: Mapping[type[BaseModel], type[BaseModel]] = {JobView: EvaluationView, Job
 async def create_evaluation(request: Request, body: JsonBody, doors: Doors, caller: Caller) -> Response:
     """Submit checkpoints to be measured. All is checked at once against headers, stored, and worked on later."""
     return await submitted(request, body, doors, caller, read_evaluation)
+
+
+@router.post(
+    "/evaluations:plan",
+    responses={200: {"model": EvaluationPlanView}},
+    openapi_extra=recipe_body("EvaluationRecipe"),
+)
+def plan_evaluation(body: JsonBody, doors: Doors) -> Response:
+    """See what an evaluation would measure, and what speaks against it. Nothing is stored."""
+    recipe = read_evaluation(body.value)
+    return JSONResponse(evaluation_plan_json(admit_evaluation(recipe, doors.objects), recipe))
 
 
 def _of_jobs() -> Iterator[APIRoute]:

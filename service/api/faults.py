@@ -46,7 +46,7 @@ def faults_of(error: pydantic.ValidationError, model: type[BaseModel], value: ob
     for details in everything:
         if details["type"] == "too_short" and any(_is_below(other["loc"], details["loc"]) for other in everything):
             continue  # pydantic counts the valid items only, and the others are named already
-        path = _path(model, details["loc"])
+        path = _path(details["loc"], value, names_missing=details["type"] == "missing")
         if details["type"] == "extra_forbidden":
             detail = _unknown(str(path[-1]), _fields(model, details["loc"][:-1], value))
         else:
@@ -63,16 +63,25 @@ def pointer_to(path: Iterable[Step]) -> str:
     return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in path)
 
 
-def _path(model: type[BaseModel], loc: tuple[Step, ...]) -> tuple[Step, ...]:
-    """pydantic's location without what is not in the request: the tag of a union, the mark of a bad key."""
-    path = loc[:-1] if loc and loc[-1] == "[key]" else loc
-    if len(path) > 1 and path[0] in _tagged(model):
-        return (path[0], *path[2:])
-    return path
+def _path(loc: tuple[Step, ...], value: Any, *, names_missing: bool) -> tuple[Step, ...]:
+    """pydantic's location without what is not in the request: the tags of unions, the mark of a bad key.
+
+    A field of the whole stays though the request leaves it out; with ``names_missing`` so does the last step.
+    """
+    path = list[Step]()
+    for place, step in enumerate(loc):
+        if _has(value, step):
+            value = value[step]
+        elif place and not (names_missing and place == len(loc) - 1):
+            continue
+        path.append(step)
+    return tuple(path)
 
 
-def _tagged(model: type[BaseModel]) -> set[str]:
-    return {name for name, field in model.model_fields.items() if field.discriminator}
+def _has(value: Any, step: Step) -> bool:
+    if isinstance(value, list):
+        return isinstance(step, int) and step < len(value)
+    return isinstance(value, dict) and step in value
 
 
 def _at(value: Any, path: tuple[Step, ...]) -> Any:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 
 from service.contract.asked import AnyRecipe
-from service.contract.evaluating import EvaluationRecipe
+from service.contract.evaluating import EvaluatedModel, EvaluationRecipe
+from service.contract.evaluation_plan import bytes_of_model, inputs_of, measured_tasks
 from service.contract.job import Artifact, Event, FailureRecord, Job, Progress, Status
 from service.contract.methods import AnyMethod
 from service.contract.plan import Plan
@@ -183,6 +184,30 @@ class PlanView(BaseModel):
     trials: int = Field(description="Trials of the search at most")
 
 
+class EvaluatedView(BaseModel):
+    """One model of an evaluation, and what it is measured with."""
+
+    name: str
+    reference: bool
+    tasks: list[str]
+    heads: list[str] = Field(description="Tasks whose head lies beside the checkpoint")
+    bytes: int = Field(description="Of its weights and heads")
+
+
+class EvaluationPlanView(BaseModel):
+    """What an evaluation would measure."""
+
+    model_config = ConfigDict(title="EvaluationPlan")
+
+    object: Literal["plan"]
+    models: list[EvaluatedView]
+    references: dict[str, str | None] = Field(description="By task, the model that the others are held against")
+    parts: int = Field(description="Measurements of one model on one task, and one of speed where that is asked for")
+    bytes_in: int
+    peak_memory_bytes: int
+    warnings: list[str]
+
+
 VIEWS: dict[Resource, type[AnyJobView]] = {MERGES: JobView, EVALUATIONS: EvaluationView}
 
 
@@ -223,6 +248,31 @@ def plan_json(plan: Plan, recipe: Recipe) -> dict[str, Any]:
         "search": None if search is None else search.model_dump(mode="json"),
         "trials": 0 if search is None else search.count(recipe.method),
     }
+
+
+def evaluation_plan_json(plan: Plan, recipe: EvaluationRecipe) -> dict[str, Any]:
+    """A plan of an evaluation as its reader sees it."""
+    view = EvaluationPlanView(
+        object="plan",
+        models=[_planned(plan, recipe, model) for model in recipe.models],
+        references={row.task: _name(recipe.reference_on(row.task)) for row in recipe.evaluation.tasks},
+        parts=len(recipe.parts) + recipe.speed,
+        bytes_in=plan.bytes_in,
+        peak_memory_bytes=plan.peak_memory_bytes,
+        warnings=list(plan.warnings),
+    )
+    return view.model_dump(mode="json")
+
+
+def _planned(plan: Plan, recipe: EvaluationRecipe, model: EvaluatedModel) -> EvaluatedView:
+    tasks = measured_tasks(recipe, model)
+    heads = [task for task in tasks if plan.inputs.get(inputs_of(model.name, task)[1])]
+    size = bytes_of_model(plan, recipe, model.name)
+    return EvaluatedView(name=model.name, reference=model.reference, tasks=tasks, heads=heads, bytes=size)
+
+
+def _name(model: EvaluatedModel | None) -> str | None:
+    return None if model is None else model.name
 
 
 def event_json(event: Event) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Sets jobs side by side: what each kept, what sets their recipes apart, and what they cost."""
+"""Sets merges and the models of evaluations side by side: what each kept, how recipes differ, and what they cost."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from service.cli.output import human_bytes
 from service.cli.wording import Language, Say, speaker
 from service.contract.metrics import METRICS
+from service.contract.resources import EVALUATIONS
 
 NONE = "-"
 Job = Mapping[str, Any]
@@ -23,8 +24,8 @@ SIZES = {
     "read": "cost.bytes_read",
     "written": "cost.bytes_written",
     "memory": "cost.peak_memory_bytes",
-    "stored": "savings.bytes_after",
 }
+STORED = "savings.bytes_after"
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Jobs, by id, and everything about them; ``warnings`` say where they can't fairly be compared."""
+    """Jobs, by id, and everything about them; ``warnings`` say where they can't fairly be compared.
+
+    A model of an evaluation has the id of that, and its name.
+    """
 
     jobs: tuple[str, ...]
     sections: tuple[Section, ...]
@@ -60,13 +64,17 @@ class Comparison:
 
 
 def compared(jobs: Sequence[Job], language: Language = "en") -> Comparison:
-    """Compare jobs as the service tells of them; one that has no result yet has no figures."""
+    """Compare jobs as the service tells of them; one that has no result yet has no figures.
+
+    Of an evaluation every model that is no reference is compared, as if it were a merge of the references.
+    """
     say = speaker(language)
+    jobs = [column for job in jobs for column in _columns(job)]
     sections = (
         Section(say("outcome"), tuple(_outcome(jobs, say))),
         Section(say("recipe"), tuple(_recipe(jobs))),
-        Section(say("kept"), tuple(_retention(jobs, say))),
-        Section(say("scores"), tuple(_scores(jobs, say))),
+        Section(say(_kept(jobs)), tuple(_retention(jobs, say))),
+        Section(say("scores_of_models" if any(map(_is_evaluation, jobs)) else "scores"), tuple(_scores(jobs, say))),
         Section(say("cost"), tuple(_cost(jobs, say))),
     )
     return Comparison(
@@ -77,9 +85,54 @@ def compared(jobs: Sequence[Job], language: Language = "en") -> Comparison:
     )
 
 
+def _columns(job: Job) -> Iterator[Job]:
+    """The job; of an evaluation each of its models that is no reference, told of as a merge is."""
+    if not _is_evaluation(job):
+        yield job
+        return
+    for model in job["recipe"]["models"]:
+        if not model.get("reference"):
+            yield {**job, "id": f"{job['id']} {model['name']}", **_as_merge(job, model)}
+
+
+def _as_merge(job: Job, model: Mapping[str, Any]) -> dict[str, Any]:
+    name, found, recipe = model["name"], _metrics(job), job["recipe"]
+    settings = {key: recipe.get(key) for key in ("evaluation", "gates", "seed")} | {"checkpoint": model["checkpoint"]}
+    if not found:
+        return {"recipe": settings, "result": None}
+    own, speed = found["models"][name], ((found.get("speed") or {}).get("models") or {}).get(name)
+    tasks = {task: _merged(row, row["models"][name]) for task, row in found["tasks"].items() if name in row["models"]}
+    gates = [gate for gate in _result(job).get("gates") or [] if gate.get("model") == name]
+    metrics = {**own, "tasks": tasks, "speed": speed}
+    savings = {"bytes_after": own["bytes"]}
+    return {"recipe": settings, "result": {**_result(job), "gates": gates, "metrics": metrics, "savings": savings}}
+
+
+def _merged(task: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of a model on one task, in the words in which a merge's result has it."""
+    intervals = {"merged": row["interval"], "retention": row["retention_interval"]}
+    return {"metric": task["metric"], "merged": row["score"], "retention": row["retention"], "intervals": intervals}
+
+
+def _is_evaluation(job: Job) -> bool:
+    return bool(job.get("object") == EVALUATIONS.name)
+
+
+def _are_mixed(jobs: Sequence[Job]) -> bool:
+    """Whether there are merges and models of evaluations: what their recipes and costs are about differs."""
+    return len({_is_evaluation(job) for job in jobs}) > 1
+
+
+def _kept(jobs: Sequence[Job]) -> str:
+    if _are_mixed(jobs):
+        return "kept_or_reference"
+    return "kept_of_reference" if any(map(_is_evaluation, jobs)) else "kept"
+
+
 def _outcome(jobs: Sequence[Job], say: Say) -> Iterator[Row]:
     yield Row(say("status"), tuple(say(job["status"]) for job in jobs))
-    yield Row(say("method"), tuple(job["recipe"]["method"]["name"] for job in jobs))
+    if not all(_is_evaluation(job) for job in jobs):
+        yield Row(say("method"), tuple((job["recipe"].get("method") or {}).get("name", NONE) for job in jobs))
     gates = [_result(job).get("gates") or [] for job in jobs]
     if any(gates):
         counts = [(sum(gate["passed"] for gate in found), len(found)) for found in gates]
@@ -87,10 +140,15 @@ def _outcome(jobs: Sequence[Job], say: Say) -> Iterator[Row]:
 
 
 def _recipe(jobs: Sequence[Job]) -> Iterator[Row]:
-    """Every setting in which the jobs differ, asked for or chosen; where a result goes is no setting."""
+    """Every setting in which the jobs differ, asked for or chosen; where a result goes is no setting.
+
+    Of merges and models of evaluations together, only what either has settings of.
+    """
     flat = [{**dict(_flattened(job["recipe"])), **_chosen(job)} for job in jobs]
     for name in dict.fromkeys(name for settings in flat for name in settings):
         values = [settings.get(name) for settings in flat]
+        if _are_mixed(jobs) and any(name not in settings for settings in flat):
+            continue
         if any(value != values[0] for value in values) and not name.startswith(("output.prefix", "metadata.")):
             yield Row(name, tuple(NONE if value is None else str(value) for value in values))
 
@@ -148,11 +206,14 @@ def _scores(jobs: Sequence[Job], say: Say) -> Iterator[Row]:
 def _cost(jobs: Sequence[Job], say: Say) -> Iterator[Row]:
     if not any(_result(job) for job in jobs):
         return
-    yield _row(jobs, say("time"), _reading(_result, "cost.seconds"), partial(_seconds, say), lower=True)
-    for name, path in SIZES.items():
-        yield _row(jobs, say(name), _reading(_result, path), human_bytes, lower=True)
+    if not _are_mixed(jobs):
+        yield _row(jobs, say("time"), _reading(_result, "cost.seconds"), partial(_seconds, say), lower=True)
+        for name, path in SIZES.items():
+            yield _row(jobs, say(name), _reading(_result, path), human_bytes, lower=True)
+    yield _row(jobs, say("stored"), _reading(_result, STORED), human_bytes, lower=True)
     if any(_metrics(job).get("speed") for job in jobs):
-        yield _row(jobs, say("latency"), _reading(_metrics, "speed.latency_ratio"), _figure, lower=True)
+        name = "latency_of_models" if any(map(_is_evaluation, jobs)) else "latency"
+        yield _row(jobs, say(name), _reading(_metrics, "speed.latency_ratio"), _figure, lower=True)
 
 
 def _row(
@@ -196,10 +257,9 @@ def _warnings(jobs: Sequence[Job], say: Say) -> Iterator[str]:
     unfinished = [job["id"] for job in jobs if not _result(job)]
     if unfinished:
         yield say("no_result", jobs=", ".join(unfinished))
-    labeled = {frozenset(_labeled(job).items()) for job in jobs if _metrics(job)}
-    if len(labeled) > 1:
+    if any(len({_labeled(job).get(task) for job in jobs if task in _tasks([job])}) > 1 for task in _tasks(jobs)):
         yield say("other_samples")
-    if len({job["recipe"]["base"] for job in jobs}) > 1:
+    if len({job["recipe"]["base"] for job in jobs if not _is_evaluation(job)}) > 1:
         yield say("other_bases")
 
 

@@ -189,25 +189,48 @@ def events(
 
 
 def plan(context: typer.Context, recipe: RecipeFile, as_json: Json = False, url: Url = None) -> None:
-    """See what a merge would do and need; nothing is stored."""
+    """See what a merge, or an evaluation, would do and need; nothing is stored."""
     with answering(as_json), connect(context, url) as client:
         planned = client.plan(_read_recipe(recipe))
         if as_json:
             print_json(planned)
             return
-        rows = [
-            ("method", planned["method"]["name"]),
-            ("search", f"{planned['trials']} trials over {sought(planned['search'])}" if planned["search"] else "none"),
-            ("tensors", str(planned["tensors"])),
-            ("roles", _counts(planned["roles"])),
-            ("treatments", _counts(planned["treatments"])),
-            ("files", str(len(planned["shards"]))),
-            ("to read", human_bytes(planned["bytes_in"])),
-            ("to write", human_bytes(planned["bytes_out"])),
-            ("peak memory", human_bytes(planned["peak_memory_bytes"])),
-            *[("warning", f"[yellow]{escape(warning)}[/]") for warning in planned["warnings"]],
-        ]
-        out.print(facts(rows))
+        out.print(facts([*(_measuring(planned) if "models" in planned else _merging(planned)), *_needs(planned)]))
+
+
+def _measuring(planned: JsonObject) -> list[tuple[str, str]]:
+    """What an evaluation would measure, line by line."""
+    models = [(model["name"], f"on {', '.join(model['tasks'])}{_likewise(model)}") for model in planned["models"]]
+    return [*((f"model {escape(name)}", escape(told)) for name, told in models), ("parts", str(planned["parts"]))]
+
+
+def _likewise(model: JsonObject) -> str:
+    """What else there is to say about a model, in parentheses."""
+    heads = f"heads for {', '.join(model['heads'])}" if model["heads"] else ""
+    told = [text for text in ("reference" if model["reference"] else "", heads) if text]
+    return f" ({'; '.join(told)})" if told else ""
+
+
+def _needs(planned: JsonObject) -> list[tuple[str, str]]:
+    """What any plan needs, and warns of."""
+    return [
+        ("to read", human_bytes(planned["bytes_in"])),
+        *([("to write", human_bytes(planned["bytes_out"]))] if "bytes_out" in planned else []),
+        ("peak memory", human_bytes(planned["peak_memory_bytes"])),
+        *[("warning", f"[yellow]{escape(warning)}[/]") for warning in planned["warnings"]],
+    ]
+
+
+def _merging(planned: JsonObject) -> list[tuple[str, str]]:
+    """What a merge would do, line by line."""
+    return [
+        ("method", planned["method"]["name"]),
+        ("search", f"{planned['trials']} trials over {sought(planned['search'])}" if planned["search"] else "none"),
+        ("tensors", str(planned["tensors"])),
+        ("roles", _counts(planned["roles"])),
+        ("treatments", _counts(planned["treatments"])),
+        ("files", str(len(planned["shards"]))),
+    ]
 
 
 def methods(context: typer.Context, as_json: Json = False, url: Url = None) -> None:

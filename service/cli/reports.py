@@ -15,7 +15,6 @@ from service.cli.options import JobId, Json, Url, connect
 from service.cli.output import Refused, answering, columns, note, out, print_json
 from service.cli.wording import LANGUAGES, Language
 from service.contract import artifacts
-from service.contract.resources import EVALUATIONS, resource_named
 
 NO_BROWSER = "There is no browser to open it in; open the file yourself, or pass --no-open."
 
@@ -54,13 +53,10 @@ def compare(
     as_json: Json = False,
     url: Url = None,
 ) -> None:
-    """Set jobs side by side: what they keep, what differs in their recipes, what they cost."""
+    """Set jobs side by side, of evaluations every model: what they keep, how their recipes differ, what they cost."""
     with answering(as_json), connect(context, url) as client:
         if len(set(job_ids)) < 2:
             raise Refused("Name two different jobs or more to compare")
-        evaluations = [job_id for job_id in job_ids if resource_named(job_id) is EVALUATIONS]
-        if evaluations:
-            raise Refused(f"{evaluations[0]} is an evaluation, which sets its own models side by side: see its report")
         spoken = _known(language)
         jobs = [client.get(job_id) for job_id in dict.fromkeys(job_ids)]
         found = compared(jobs, spoken)

@@ -11,11 +11,17 @@ LANGUAGES: tuple[Language, ...] = ("en", "ja")
 Say = Callable[..., str]
 
 TEXTS: dict[str, dict[Language, str]] = {
-    "title": {"en": "{count} merges compared", "ja": "{count} 件の統合の比較"},
+    "title": {"en": "{count} results compared", "ja": "{count} 件の結果の比較"},
     "outcome": {"en": "outcome", "ja": "結果"},
     "recipe": {"en": "recipe, where it differs", "ja": "レシピの相違点"},
     "kept": {"en": "kept of the expert's score", "ja": "専門モデルに対する保持率"},
+    "kept_or_reference": {
+        "en": "kept of the expert's or reference's score",
+        "ja": "専門モデル・参照モデルに対する保持率",
+    },
+    "kept_of_reference": {"en": "kept of the reference's score", "ja": "参照モデルに対する保持率"},
     "scores": {"en": "score of the merged model", "ja": "統合モデルのスコア"},
+    "scores_of_models": {"en": "score", "ja": "スコア"},
     "score_of": {"en": "{task} ({metric})", "ja": "{task}（{metric}）"},
     "cost": {"en": "cost", "ja": "コスト"},
     "status": {"en": "status", "ja": "状態"},
@@ -30,6 +36,10 @@ TEXTS: dict[str, dict[Language, str]] = {
     "memory": {"en": "peak memory", "ja": "最大メモリ"},
     "stored": {"en": "stored", "ja": "保存容量"},
     "latency": {"en": "latency against the experts'", "ja": "専門モデルに対するレイテンシ比"},
+    "latency_of_models": {
+        "en": "latency against the experts' or references'",
+        "ja": "専門モデル・参照モデルに対するレイテンシ比",
+    },
     "seconds": {"en": "{count} s", "ja": "{count} 秒"},
     "between": {"en": "{value} ({low} to {high})", "ja": "{value}（{low}～{high}）"},
     "queued": {"en": "queued", "ja": "待機中"},

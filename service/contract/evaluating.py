@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from service.contract.addresses import Address, Name, Prefix
 from service.contract.base import Frozen
 from service.contract.evaluation import ABOUT_ONE_TASK, RETENTIONS, Evaluation, Gate, TaskEvaluation, task_gate_fault
+from service.contract.misfits import Misfit, refuse
 from service.contract.recipe import Deadline, Digested, Metadata, Place, Priority, Seed
 from service.contract.resources import EVALUATIONS, Resource
 
@@ -41,6 +42,7 @@ class EvaluationRecipe(Digested):
     base: Address | None = Field(None, description="The whole model that adapters among the checkpoints are of")
     evaluation: Evaluation
     models: tuple[EvaluatedModel, ...] = Field(min_length=1, max_length=MAX_MODELS)
+    speed: bool = Field(False, description="Also time one batch of the first task through every model")
     gates: tuple[Gate, ...] = Field(
         (), max_length=100, description="Every model that is no reference must hold to each of them"
     )
@@ -104,10 +106,10 @@ class EvaluationRecipe(Digested):
     def _gates_are_measured(cls, gates: tuple[Gate, ...], info: ValidationInfo) -> tuple[Gate, ...]:
         if "evaluation" not in info.data or "models" not in info.data:
             return gates  # what is wrong there is said there
-        for gate in gates:
-            fault = _gate_fault(gate, info.data["evaluation"], info.data["models"])
-            if fault is not None:
-                raise ValueError(fault)
+        known = info.data["evaluation"], info.data["models"]
+        is_timed = info.data.get("speed", True)  # where that is no truth value, it is said there
+        faults = [_speed_fault(gate, known[1], is_timed) or _gate_fault(gate, *known) for gate in gates]
+        refuse((Misfit((place,), fault) for place, fault in enumerate(faults) if fault is not None), gates)
         return gates
 
     @property
@@ -133,10 +135,19 @@ def _reference(models: tuple[EvaluatedModel, ...], task: str) -> EvaluatedModel 
     return next((model for model in models if model.reference and model.is_measured_on(task)), None)
 
 
+def _speed_fault(gate: Gate, models: tuple[EvaluatedModel, ...], is_timed: bool) -> str | None:
+    """Why a gate on latency can't be computed; None where it can, or is about something else."""
+    if gate.metric != "latency_ratio":
+        return None
+    if not is_timed:
+        return 'the gate latency_ratio needs the models to be timed; ask for it with "speed": true'
+    if not any(model.reference for model in models):
+        return 'latency_ratio holds models against references, and there is none; mark a model with "reference": true'
+    return None
+
+
 def _gate_fault(gate: Gate, evaluation: Evaluation, models: tuple[EvaluatedModel, ...]) -> str | None:
-    """Why a gate can't be computed for these models; None where it can."""
-    if gate.metric == "latency_ratio":
-        return "an evaluation by itself does not measure latency; a merge does, beside its experts"
+    """Why a gate on scores can't be computed for these models; None where it can."""
     if gate.task is not None:
         fault = task_gate_fault(gate, evaluation.row(gate.task))
         if fault is not None:

@@ -51,6 +51,13 @@ def inputs_of(model: str, task: str) -> tuple[str, str]:
     return f"model:{model}", f"head:{model}:{task}"
 
 
+def bytes_of_model(plan: Plan, recipe: EvaluationRecipe, model: str) -> int:
+    """The bytes of a model's weights and of the heads that it is measured with."""
+    names = dict.fromkeys(name for row in recipe.evaluation.tasks for name in inputs_of(model, row.task))
+    files = (file for name in names for file in plan.inputs.get(name, ()))
+    return sum(file.size for file in files if file.address.endswith(".safetensors"))
+
+
 def evaluation_samples(recipe: EvaluationRecipe) -> dict[str, str]:
     """The addresses of an evaluation's files beside its checkpoints, by what they are."""
     rows = recipe.evaluation.tasks

@@ -41,16 +41,36 @@ def labeled_faults(header: Header, config: Mapping[str, Any] | None, row: TaskEv
 
 def model_faults(config: Mapping[str, Any], row: TaskEvaluation) -> list[str]:
     """What the model of a ``config.json`` lacks to be measured so; what it is called tells, where it is known."""
-    named, labels = config.get("architectures"), config.get(ID2LABEL)
-    architecture = str(named[0]) if isinstance(named, list) and named else ""
-    kinds = next((kinds for ending, kinds in HEADS.items() if architecture.endswith(ending)), tuple(Kind))
-    if config.get("is_encoder_decoder"):  # what it writes depends on what it reads, which a lone text does not have
-        kinds = tuple(kind for kind in kinds if kind not in (Kind.LANGUAGE_MODELING, Kind.MULTIPLE_CHOICE))
+    labels, architecture, kinds = config.get(ID2LABEL), _architecture(config), _kinds(config)
     if not (row.head or row.kind in (*kinds, Kind.RETRIEVAL)):
         return [f"{architecture} can't be measured by {row.kind}; it can by {', '.join((*kinds, Kind.RETRIEVAL))}"]
     if row.kind is Kind.REGRESSION and isinstance(labels, Mapping) and len(labels) != 1:
         return [f"regression needs a head that gives one number, but that of the checkpoint gives {len(labels)}"]
     return []
+
+
+def class_fault(config: Mapping[str, Any]) -> str | None:
+    """Why the model of a ``config.json`` predicts no classes of samples; None where it does, as far as can be told."""
+    labels, architecture = config.get(ID2LABEL), _architecture(config)
+    if Kind.CLASSIFICATION not in _kinds(config):
+        return f"{architecture} scores no classes of samples"
+    if isinstance(labels, Mapping) and len(labels) == 1:
+        return f"the head of {architecture} gives one number, and no classes"
+    return None
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
+def _kinds(config: Mapping[str, Any]) -> tuple[Kind, ...]:
+    """The kinds of samples that a model may be measured by; all where it is not known."""
+    architecture = _architecture(config)
+    kinds = next((kinds for ending, kinds in HEADS.items() if architecture.endswith(ending)), tuple(Kind))
+    if config.get("is_encoder_decoder"):  # what it writes depends on what it reads, which a lone text does not have
+        kinds = tuple(kind for kind in kinds if kind not in (Kind.LANGUAGE_MODELING, Kind.MULTIPLE_CHOICE))
+    return kinds
 
 
 def _class_labels(tensors: Tensors, config: Config) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from service.contract.base import Frozen
+from service.contract.notices import Notice
 from service.contract.treatments import PAPER, Keep, Moments, Projection, Role, ScaleMask, ShiftMask, Treatment
 
 Proxy = Literal["task_vector", "covariance", "subspace"]
@@ -201,7 +202,7 @@ class Della(Method):
     @model_validator(mode="after")
     def _window_fits(self) -> Self:
         if self.epsilon / 2 >= self.density or self.density + self.epsilon / 2 > 1:
-            raise ValueError("chances must lie above 0 and up to 1: epsilon / 2 < density <= 1 - epsilon / 2")
+            raise ValueError(Notice("chances_outside"))
         return self
 
 
@@ -228,7 +229,7 @@ class Breadcrumbs(Method):
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
         if self.density + self.gamma > 1:
-            raise ValueError("density + gamma must not exceed 1: the largest entries are dropped, not kept")
+            raise ValueError(Notice("shares_exceed"))
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""What a job warns of: sentences for people, each of which also knows its code and values for other languages."""
+"""What a job warns of, and why trials fail: sentences that know their code and values, for other languages."""
 
 from __future__ import annotations
 
@@ -46,6 +46,25 @@ SENTENCES: dict[str, str] = {
     ),
     "no_head": "{folder} has heads for {heads}, and none for {tasks}: there {model} is measured as its own weights are",
     "no_figure": "task {task!r}: {metrics} of {model} can't be computed, and is left out",
+    # Why a trial of a search failed.
+    "chances_outside": "chances must lie above 0 and up to 1: epsilon / 2 < density <= 1 - epsilon / 2",
+    "shares_exceed": "density + gamma must not exceed 1: the largest entries are dropped, not kept",
+    "merged_overflows": (
+        "the merged {parameter!r} does not fit into {dtype}: it overflows. Lower method.scaling, or choose a wider "
+        "output.dtype"
+    ),
+    "base_not_finite": "the base holds NaN or infinity in {parameter!r} ({checkpoint}); merge finite checkpoints",
+    "task_not_finite": (
+        "task {task!r} holds NaN or infinity in {parameter!r} ({checkpoint}); merge finite checkpoints"
+    ),
+    "answers_not_finite": "the model gives NaN or infinity on the labeled samples of task {task!r}",
+    "tokens_not_finite": "the model gives NaN or infinity on the labeled samples",
+    "features_not_finite": "the features of a {side} are NaN or infinite",
+    "no_retention": "the retention of {tasks} on validation samples is no number",
+    "no_likeness": "the likeness of {tasks} on exemplars is no number",
+    "no_prediction_likeness": "the likeness of predictions of {tasks} on exemplars is no number",
+    "not_factored": "a matrix can't be factored: {reason}",
+    "out_of_memory": "the device has too little memory: {reason}",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -12,11 +13,22 @@ from service.contract.addresses import Address, Name, Prefix
 from service.contract.base import Frozen
 from service.contract.errors import BadInput
 from service.contract.evaluation import Evaluation, Gate, baseline_method, gate_fault
-from service.contract.methods import AnyMethod, Cat, Method
+from service.contract.methods import METHODS, AnyMethod, Cat, Method
+from service.contract.misfits import Misfit, refuse
 from service.contract.patterns import checked_pattern, matches
 from service.contract.presets import PresetName, expanded
 from service.contract.resources import MERGES, Resource
-from service.contract.search import SCALING, WEIGHT, Parameters, Search, changed, default_search, search_faults
+from service.contract.search import (
+    METHOD,
+    SCALING,
+    WEIGHT,
+    Parameters,
+    Search,
+    changed,
+    default_search,
+    method_named,
+    search_faults,
+)
 from service.contract.treatments import TREATMENTS, Treatment, treatment_adapter
 
 MAX_TASKS = 64
@@ -136,7 +148,8 @@ class Recipe(Digested):
     search: Search | None = Field(
         None,
         description="Parameters to search for, in place of those that are given; null for none. Omitted, and no "
-        "scaling given, but validation samples of every task: a few scalings around the method's default",
+        "scaling given, but validation samples of every task, or exemplars of tasks that are evaluated by classes: "
+        "a few scalings around the method's default",
     )
     output: Output = Field(default_factory=Output)
     seed: Seed = 0
@@ -164,21 +177,9 @@ class Recipe(Digested):
     @field_validator("method")
     @classmethod
     def _method_fits_tasks(cls, method: AnyMethod, info: ValidationInfo) -> AnyMethod:
-        tasks = info.data.get("tasks")
-        if tasks is None:  # what is wrong with them is said there
-            return method
-        if info.data.get("mode") == "analysis" and not method.trims:
-            raise ValueError(
-                f"an analysis measures what cat would remove, not {_named(method)}; leave method out, or give cat"
-            )
-        combining = method.combining
-        if combining.task_limit is not None and len(tasks) > combining.task_limit:
-            raise ValueError(
-                f"{_named(combining)} takes at most {combining.task_limit} tasks, not {len(tasks)}; "
-                "karcher takes any number"
-            )
-        if method.needs_statistics and not _bring_features(tasks):
-            raise ValueError(f"{_named(combining)} needs exemplars or statistics of every task")
+        fault = _method_fault(method, info.data)
+        if fault is not None:
+            raise ValueError(fault)
         return method
 
     @field_validator("overrides")
@@ -241,10 +242,8 @@ class Recipe(Digested):
         if "tasks" not in info.data or "evaluation" not in info.data:
             return gates  # what is wrong there is said there
         tasks = tuple(task.name for task in info.data["tasks"])
-        for gate in gates:
-            fault = gate_fault(gate, info.data["evaluation"], tasks)
-            if fault is not None:
-                raise ValueError(fault)
+        faults = [gate_fault(gate, info.data["evaluation"], tasks) for gate in gates]
+        refuse((Misfit((place,), fault) for place, fault in enumerate(faults) if fault is not None), gates)
         return gates
 
     @field_validator("search")
@@ -255,10 +254,12 @@ class Recipe(Digested):
             return search  # what is wrong there is said there
         tasks = {task.name: task.exemplars is not None for task in known["tasks"]}
         evaluation, method = known["evaluation"], known["method"]
-        for fault in search_faults(search, method, tasks, evaluation, is_overridden=bool(known["overrides"])):
-            raise ValueError(fault)
-        for other in search.methods(method):
-            cls._method_fits_tasks(other, info)
+        misfits = [*search_faults(search, method, tasks, evaluation, is_overridden=bool(known["overrides"]))]
+        choice = search.space.get(METHOD)
+        for place, name in enumerate(choice if isinstance(choice, tuple) else ()):
+            fault = _method_fault(method_named(str(name), method), known) if name in METHODS else None
+            misfits += [Misfit(("space", METHOD, place), fault)] if fault is not None else []
+        refuse(misfits, search)
         return search
 
     @model_validator(mode="after")
@@ -273,7 +274,9 @@ class Recipe(Digested):
         is_given = any({SCALING, "then"} & row.parameters.keys() for row in self.overrides)
         if self.mode == "analysis" or is_given:
             return None
-        return default_search(self.method, [task.name for task in self.tasks], self.evaluation)
+        return default_search(
+            self.method, {task.name: task.exemplars is not None for task in self.tasks}, self.evaluation
+        )
 
     def tried(self, parameters: Parameters) -> Recipe:
         """The recipe of a trial. Raises BadInput where the parameters do not go together."""
@@ -284,7 +287,7 @@ class Recipe(Digested):
         try:
             return Recipe.model_validate(asked)
         except ValidationError as error:
-            raise BadInput("; ".join(fault["msg"] for fault in error.errors())) from None
+            raise BadInput(_reason(error)) from None
 
     def override(self, name: str) -> AnyMethod | None:
         """The method as the first override that matches a parameter's name changes it; None where none does."""
@@ -295,6 +298,28 @@ class Recipe(Digested):
     def has_features(self) -> bool:
         """Whether the tasks bring exemplars or statistics."""
         return _bring_features(self.tasks)
+
+
+def _method_fault(method: AnyMethod, known: Mapping[str, Any]) -> str | None:
+    """Why a method can't merge the tasks of a recipe, as far as that is ``known``; None where it can."""
+    tasks, combining = known.get("tasks"), method.combining
+    if tasks is None:  # what is wrong with them is said there
+        return None
+    if known.get("mode") == "analysis" and not method.trims:
+        return f"an analysis measures what cat would remove, not {_named(method)}; leave method out, or give cat"
+    if combining.task_limit is not None and len(tasks) > combining.task_limit:
+        limit = f"at most {combining.task_limit} tasks, not {len(tasks)}"
+        return f"{_named(combining)} takes {limit}; karcher takes any number"
+    if method.needs_statistics and not _bring_features(tasks):
+        return f"{_named(combining)} needs exemplars or statistics of every task"
+    return None
+
+
+def _reason(error: ValidationError) -> str:
+    """What pydantic found wrong; a sentence of ours as it is, with its code."""
+    raised = [(fault["msg"], fault.get("ctx", {}).get("error")) for fault in error.errors()]
+    sentences = [own.args[0] if isinstance(own, ValueError) else message for message, own in raised]
+    return sentences[0] if len(sentences) == 1 else "; ".join(sentences)
 
 
 def _named(method: Method) -> str:

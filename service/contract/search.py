@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from service.contract.base import Frozen
 from service.contract.evaluation import Evaluation
 from service.contract.methods import METHODS, AnyMethod, Cat, Method
+from service.contract.metrics import Kind
+from service.contract.misfits import Misfit
 
 METHOD = "method"
 WEIGHT = "weights."  # before a task's name
@@ -28,8 +30,13 @@ Value = bool | int | float | str | None
 Values = Annotated[tuple[Value, ...], Field(min_length=1, max_length=256)]
 Parameters = Mapping[str, Value]
 Sampler = Literal["tpe", "random", "grid"]
-Figure = Literal["retention", "likeness"]  # what a trial measures of every task
-LIKENESS = "feature_likeness"
+Figure = Literal["retention", "likeness", "prediction_likeness"]  # what a trial measures of every task
+FEATURES: Final = "feature_likeness"
+PREDICTIONS: Final = "prediction_likeness"
+UNLABELED: Mapping[str, tuple[Figure, str]] = {  # objectives on exemplars: what they measure and compare
+    FEATURES: ("likeness", "features"),
+    PREDICTIONS: ("prediction_likeness", "predictions"),
+}
 
 
 class Range(Frozen):
@@ -39,13 +46,12 @@ class Range(Frozen):
     high: float
     log: bool = Field(False, description="Spread trials evenly over the logarithm")
 
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
+    @property
+    def fault(self) -> str | None:
+        """Why it is no range; None where it is one."""
         if self.low >= self.high:
-            raise ValueError(f"the range from {self.low:g} to {self.high:g} is empty; low must be below high")
-        if self.log and self.low <= 0:
-            raise ValueError("a logarithmic range must begin above 0")
-        return self
+            return f"the range from {self.low:g} to {self.high:g} is empty; low must be below high"
+        return "a logarithmic range must begin above 0" if self.log and self.low <= 0 else None
 
 
 def _which(choice: object) -> str:
@@ -82,33 +88,26 @@ class Search(Frozen):
         max_length=64,
         description="By name of the method's parameter, of `method`, or `weights.<task>`: a range or a list of values",
     )
-    objective: Literal["mean_retention", "worst_retention", "feature_likeness"] | Objective = Field(
-        "mean_retention",
-        description="What makes a trial better: shares of the experts' scores on validation samples; without labels, "
-        "how like the experts' the merged model's features of exemplars are",
+    objective: Literal["mean_retention", "worst_retention", "feature_likeness", "prediction_likeness"] | Objective = (
+        Field(
+            "mean_retention",
+            description="What makes a trial better: shares of the experts' scores on validation samples; without "
+            "labels, how like the experts' the merged model's features of exemplars are, or its predictions of classes",
+        )
     )
     trials: int | None = Field(None, ge=1, le=MAX_TRIALS, description="At most; omitted, 20, or 200 within `seconds`")
     seconds: float | None = Field(None, gt=0, le=31_536_000, description="No trial begins later, from the first one on")
     sampler: Sampler = Field("tpe", description="Optuna's TPE, at random, or every combination of lists in order")
 
-    @model_validator(mode="after")
-    def _grid_is_of_lists(self) -> Self:
-        ranges = [name for name, choice in self.space.items() if isinstance(choice, Range)]
-        if self.sampler == "grid" and ranges:
-            raise ValueError(f"a grid goes through lists of values; {', '.join(ranges)} is a range")
-        return self
-
-    @model_validator(mode="after")
-    def _methods_are_methods(self) -> Self:
-        choice = self.space.get(METHOD, ())
-        if isinstance(choice, Range) or any(name not in METHODS for name in choice):
-            raise ValueError(f"method is searched for in a list of names; those are {', '.join(METHODS)}")
-        return self
-
     @property
     def measures(self) -> Figure:
         """What a trial measures of every task."""
-        return "likeness" if self.objective == LIKENESS else "retention"
+        return UNLABELED[self.objective][0] if isinstance(self.objective, str) and self.is_unlabeled else "retention"
+
+    @property
+    def is_unlabeled(self) -> bool:
+        """Whether trials are compared on exemplars, which have no labels."""
+        return self.objective in UNLABELED
 
     def value(self, figures: Sequence[float]) -> float:
         """The objective's value, from what was measured of each task; NaN where one of them is."""
@@ -209,19 +208,36 @@ def is_whole(name: str, method: AnyMethod) -> bool:
     return Aim.of(name).kind(method) is int
 
 
-def default_search(asked: AnyMethod, tasks: Sequence[str], evaluation: Evaluation | None) -> Search | None:
-    """A few scalings around the method's default, where none was given and every task has validation samples.
+def default_search(asked: AnyMethod, tasks: Mapping[str, bool], evaluation: Evaluation | None) -> Search | None:
+    """A few scalings around the method's default, where none was given and ``tasks`` have something to compare by.
 
-    The default comes first: of equal trials the first one is chosen.
+    ``tasks`` are told with whether they bring exemplars. The default comes first: of equal trials the first is chosen.
     """
     combining = asked.combining
     is_given = SCALING in combining.model_fields_set or SCALING not in type(combining).model_fields
     is_bound = isinstance(asked, Cat) and asked.features_at == "scaled"  # calibration depends on it
-    if is_given or is_bound or _without_validation(tasks, evaluation):
+    objective = _usual_objective(tasks, evaluation)
+    if is_given or is_bound or objective is None:
         return None
     name = SCALING if combining is asked else THEN + SCALING
     usual = combining.model_dump()[SCALING]
-    return Search(space={name: tuple(round(usual * factor, 6) for factor in AROUND_DEFAULT)}, sampler="grid")
+    scalings = tuple(round(usual * factor, 6) for factor in AROUND_DEFAULT)
+    return Search(space={name: scalings}, sampler="grid", objective=objective)
+
+
+def _usual_objective(
+    tasks: Mapping[str, bool], evaluation: Evaluation | None
+) -> Literal["mean_retention", "prediction_likeness"] | None:
+    """What to compare trials by that nobody asked for: validation samples, or else what classes exemplars are given.
+
+    Only of tasks that are evaluated by classes: then there are heads that predict them, and a worker holds whole models
+    in memory anyway, which a merge alone never does.
+    """
+    if not _without_validation(list(tasks), evaluation):
+        return "mean_retention"
+    rows = {row.task: row for row in evaluation.tasks} if evaluation else {}
+    are_classed = all(name in rows and rows[name].kind is Kind.CLASSIFICATION for name in tasks)
+    return PREDICTIONS if are_classed and all(tasks.values()) else None
 
 
 def _without_validation(tasks: Sequence[str], evaluation: Evaluation | None) -> list[str]:
@@ -247,42 +263,92 @@ def search_faults(
     evaluation: Evaluation | None,
     *,
     is_overridden: bool,
-) -> Iterator[str]:
-    """Why a merge of ``tasks``, which bring exemplars or don't, can't be searched for so; a sentence each.
+) -> Iterator[Misfit]:
+    """Why a merge of ``tasks``, which bring exemplars or don't, can't be searched for so, and where that is said.
 
     ``is_overridden`` says that the recipe gives some parameters other parameters of the method.
     """
     names = list(tasks)
-    without = [name for name, has_exemplars in tasks.items() if not has_exemplars]
-    if search.measures == "likeness" and without:
-        yield f"{LIKENESS} compares features of exemplars of every task; there are none for {', '.join(without)}"
-    missing = _without_validation(names, evaluation)
-    if search.measures == "retention" and missing:
-        yield (
-            "a search compares trials on validation samples of every task; the evaluation has none for "
-            f"{', '.join(missing)}. Without labels, {LIKENESS} is an objective that exemplars are enough for"
-        )
+    yield from _objective_faults(search, tasks, evaluation)
     if is_overridden and METHOD in search.space:
-        yield "overrides hold for one method alone; leave them out, or method out of the search's space"
-    methods = search.methods(asked)
+        sentence = "overrides hold for one method alone; leave them out, or method out of the search's space"
+        yield Misfit(_in_space(METHOD), sentence)
     for name, choice in search.space.items():
+        yield from _range_faults(search, name, choice)
         if name.startswith(WEIGHT):
             yield from _weight_faults(name, choice, names)
-        elif name != METHOD:
+    misnamed = [*_method_faults(search)]
+    yield from misnamed
+    methods = () if misnamed else search.methods(asked)  # what parameters there are depends on them
+    for name in search.space if methods else ():
+        if name != METHOD and not name.startswith(WEIGHT):
             yield from _parameter_faults(search, name, methods)
 
 
-def _weight_faults(name: str, choice: Choice, tasks: Sequence[str]) -> Iterator[str]:
+def _in_space(name: str, *within: int | str) -> tuple[int | str, ...]:
+    """Where in a search a name of its space is, or something about it."""
+    return ("space", name, *within)
+
+
+def _objective_faults(search: Search, tasks: Mapping[str, bool], evaluation: Evaluation | None) -> Iterator[Misfit]:
+    without = [name for name, has_exemplars in tasks.items() if not has_exemplars]
+    if isinstance(search.objective, str) and search.is_unlabeled and without:
+        compared = f"{search.objective} compares {UNLABELED[search.objective][1]} of exemplars of every task"
+        yield Misfit(("objective",), f"{compared}; there are none for {', '.join(without)}")
+    missing = _without_validation(list(tasks), evaluation)
+    if search.measures == "retention" and missing:
+        sentence = (
+            "a search compares trials on validation samples of every task; the evaluation has none for "
+            f"{', '.join(missing)}. Without labels, exemplars are enough for {' and '.join(UNLABELED)}"
+        )
+        yield Misfit(("objective",), sentence)
+
+
+def _range_faults(search: Search, name: str, choice: Choice) -> Iterator[Misfit]:
+    if not isinstance(choice, Range):
+        return
+    if choice.fault is not None:
+        yield Misfit(_in_space(name), choice.fault)
+    if search.sampler == "grid":
+        yield Misfit(_in_space(name), f"a grid goes through lists of values; {name} is a range")
+
+
+def _method_faults(search: Search) -> Iterator[Misfit]:
+    choice = search.space.get(METHOD, ())
+    known = f"method is searched for in a list of names; those are {', '.join(METHODS)}"
+    if isinstance(choice, Range):
+        yield Misfit(_in_space(METHOD), known)
+        return
+    for place, name in enumerate(choice):
+        if name not in METHODS:
+            yield Misfit(_in_space(METHOD, place), f"{name!r} is no method; {known}")
+
+
+def _weight_faults(name: str, choice: Choice, tasks: Sequence[str]) -> Iterator[Misfit]:
     if name.removeprefix(WEIGHT) not in tasks:
-        yield f"{name} is the weight of no task; tasks are {', '.join(tasks)}"
-    for value in _ends(choice):
+        yield Misfit(_in_space(name), f"{name} is the weight of no task; tasks are {', '.join(tasks)}")
+    for place, value in _ends(choice):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1000:
-            yield f"{name}: {value!r} is no weight; weights are numbers from 0 to 1000"
+            sentence = f"{name}: {value!r} is no weight; weights are numbers from 0 to 1000"
+            yield Misfit(_in_space(name, place), sentence)
 
 
-def _parameter_faults(search: Search, name: str, methods: Sequence[AnyMethod]) -> Iterator[str]:
+def _parameter_faults(search: Search, name: str, methods: Sequence[AnyMethod]) -> Iterator[Misfit]:
     aim, choice = Aim.of(name), search.space[name]
     knowing = [method for method in methods if aim.parameter not in NEVER and aim.target(method) is not None]
+    for sentence in _name_faults(search, name, methods, knowing):
+        yield Misfit(_in_space(name), sentence)
+    for method in knowing:
+        for place, value in _ends(choice):
+            for sentence in _value_faults(name, aim, value, method):
+                yield Misfit(_in_space(name, place), sentence)
+
+
+def _name_faults(
+    search: Search, name: str, methods: Sequence[AnyMethod], knowing: Sequence[AnyMethod]
+) -> Iterator[str]:
+    """What is wrong with a name among ``methods``, of which some are ``knowing`` it, whatever values it has."""
+    aim, choice = Aim.of(name), search.space[name]
     if not knowing:
         yield _unknown(name, aim, methods)
     elif not any(search.applies(name, method) for method in knowing):
@@ -292,8 +358,6 @@ def _parameter_faults(search: Search, name: str, methods: Sequence[AnyMethod]) -
             yield from _scaling_faults(name, method)
         if isinstance(choice, Range) and aim.kind(method) is bool:
             yield f"{name} is true or false; give a list of values"
-        for value in _ends(choice):
-            yield from _value_faults(name, aim, value, method)
 
 
 def _unknown(name: str, aim: Aim, methods: Sequence[AnyMethod]) -> str:
@@ -327,8 +391,9 @@ def _value_faults(name: str, aim: Aim, value: Value, method: AnyMethod) -> Itera
                 yield f"{method.name} does not take {name} = {value!r}: {fault['msg']}"
 
 
-def _ends(choice: Choice) -> tuple[Value, ...]:
-    return (choice.low, choice.high) if isinstance(choice, Range) else choice
+def _ends(choice: Choice) -> list[tuple[int | str, Value]]:
+    """The values of a list, or both ends of a range, and what each is found under."""
+    return [("low", choice.low), ("high", choice.high)] if isinstance(choice, Range) else [*enumerate(choice)]
 
 
 def changed(asked: AnyMethod, parameters: Parameters) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Compares what chooses a scaling: labels, the likeness of features to the experts', and the method's default.
+"""Compares what chooses a scaling: labels, how like the experts' features or predictions are, and the default.
 
     python -m tests.benchmarks.scaling_choice
     python -m tests.benchmarks.scaling_choice --base zoo/base --tasks zoo/election zoo/news20 zoo/reuters8 zoo/wordnet
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from service.contract.parts import Claim, Done, SoFar
 from service.contract.recipe import Recipe
 from service.contract.search import AROUND_DEFAULT as FACTORS
+from service.contract.search import UNLABELED
 from service.contract.stages import Stage
 from service.stores.local import LocalStore
 from service.stores.objects import Objects
@@ -127,13 +128,13 @@ def best(measured: Measured) -> float:
 
 
 def compare(models: Models, methods: Mapping[str, Mapping[str, Any]]) -> None:
-    print("| method | labels | likeness | default |")
-    print("|---|---|---|---|")
+    print("| method | labels | features | predictions | default |")
+    print("|---|---|---|---|---|")
     for name, method in methods.items():
         scalings = models.scalings(method)
         by_labels = best(models.measured(method, "val", "mean_retention", scalings))
-        by_likeness = best(models.measured(method, "val", "feature_likeness", scalings))
-        chosen = [by_labels, by_likeness, scalings[0]]
+        by_likeness = [best(models.measured(method, "val", objective, scalings)) for objective in UNLABELED]
+        chosen = [by_labels, *by_likeness, scalings[0]]
         test = models.measured(method, "test", "mean_retention", sorted(set(chosen)))
         cells = (said(scaling, test[scaling]) for scaling in chosen)
         print(f"| {name} | {' | '.join(cells)} |", flush=True)

@@ -585,11 +585,11 @@ def test_a_search_of_what_the_method_does_not_know(trial: Trial) -> None:
     row = recipe["evaluation"]["tasks"][0] | {"validation": recipe["evaluation"]["tasks"][0]["labeled"]}
     recipe["evaluation"]["tasks"] = [{**row, "task": name} for name in trial.family.tasks]
     recipe["search"] = {"space": {"density": [0.2, 0.4]}}
-    trial.refused(recipe, "validation_error", "/search", "can't be searched for 'density'", "scaling")
+    trial.refused(recipe, "validation_error", "/search/space/density", "can't be searched for 'density'", "scaling")
 
 
 def test_a_gate_on_what_is_not_measured(trial: Trial) -> None:
     recipe = measured(trial, torch.tensor([0, 1])) | {
         "gates": [{"metric": "task_score", "task": trial.family.tasks[0], "at_least": 0.5}]
     }
-    trial.refused(recipe, "validation_error", "/gates", repr(trial.family.tasks[0]), "does not measure")
+    trial.refused(recipe, "validation_error", "/gates/0", repr(trial.family.tasks[0]), "does not measure")

@@ -104,3 +104,31 @@ def test_labels_are_held_to_the_names_of_the_checkpoint(submit: Callable[..., di
         assert "line 2: column 'label' has" in submit(labeled=address)[LABELED]
     address = write_text(family, {"text": "good film", "label": "LABEL_1"}, {"text": "bad film", "label": 2})
     assert submit(labeled=address) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, "pets: BertForMaskedLM scores no classes of samples"),
+        ({"id2label": {"0": "LABEL_0"}}, "pets: the head of BertForSequenceClassification gives one number"),
+        ({}, None),
+    ],
+)
+def test_predictions_are_compared_of_models_that_predict_classes(
+    family: Family, changes: dict[str, Any], says: str | None
+) -> None:
+    place = f"file://{family.folder}/"
+    objects = Objects({"file": LocalStore(roots=(family.folder,))}, buckets=None, workspace=f"{place}workspace/")
+    config = family.checkpoint("pets") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    search = {"space": {"scaling": [0.3, 0.5]}, "objective": "prediction_likeness"}
+    body = {**family.recipe(place), "search": search}
+    if says is None:
+        admit(Recipe.model_validate(body), objects)
+        return
+    with pytest.raises(Refusal) as refused:
+        admit(Recipe.model_validate(body), objects)
+    (fault,) = refused.value.faults
+    assert (fault.pointer, fault.code) == ("/search/objective", "exemplars_do_not_fit")
+    assert fault.detail.startswith(says)
+    assert "feature_likeness" in fault.detail

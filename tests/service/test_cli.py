@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from service.contract.parts import Counters, Done
 from service.contract.stages import PartMessage, Stage
 from service.stores.database import Database
 from tests.servers import free_port
+from tests.service.api import test_evaluations as evaluations
 from tests.service.front import Front, checkpoint, open_front, recipe
 
 FILES = {"model.safetensors": bytes(range(256)), "merge/report.json": b"{}"}
@@ -163,6 +165,29 @@ def test_events(front: Front, recipe_file: str) -> None:
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     assert events[-1]["type"] == "job.succeeded"
     assert "job.queued" in call(front, "events", job["id"]).stdout
+
+
+def test_a_plan_of_an_evaluation(front: Front, tmp_path: Path) -> None:
+    for name, classes in (("merged", 2), ("expert", 3)):
+        front.put(f"s3://models/{name}/model.safetensors", evaluations.file(evaluations.head(classes)))
+        front.put(f"s3://models/{name}/config.json", evaluations.config(classes))
+    front.put("s3://models/merged/heads/cars.safetensors", evaluations.file(evaluations.head(3)))
+    samples: dict[str, tuple[str, tuple[int, ...]]] = {"input_ids": ("I64", (6, 4)), "labels": ("I64", (6,))}
+    front.put("s3://data/cars.safetensors", evaluations.file(samples))
+    path = tmp_path / "check.json"
+    models = [
+        {"name": name, "checkpoint": f"s3://models/{name}/", "reference": name == "expert"}
+        for name in ("merged", "expert")
+    ]
+    rows = [{"task": "cars", "labeled": "s3://data/cars.safetensors"}]
+    path.write_text(json.dumps({"models": models, "evaluation": {"tasks": rows}}))
+    shown = call(front, "plan", str(path))
+    assert shown.exit_code == 0, shown.output
+    lines = {re.split(r"\s{2,}", line.strip())[0]: line for line in shown.stdout.splitlines()}
+    assert "on cars (heads for cars)" in lines["model merged"]
+    assert "on cars (reference)" in lines["model expert"]
+    assert "peak memory" in lines
+    assert said(front, "plan", str(path))["parts"] == 2
 
 
 def test_plan_and_methods(front: Front, recipe_file: str) -> None:

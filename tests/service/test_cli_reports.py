@@ -18,12 +18,13 @@ from typer.testing import CliRunner, Result
 
 from service.cli.app import app
 from service.cli.comparison import Comparison, Row, Section, compared
-from service.cli.comparison_page import page
+from service.cli.comparison_page import STYLE, page
 from service.cli.wording import LANGUAGES, TEXTS
 from service.contract.job import Status
 from service.contract.parts import Counters, Done
 from service.contract.stages import PartMessage, Stage
 from tests.service.front import Front, artifact, checkpoint, open_front, recipe
+from workers.palette import contrast
 
 PAGE = b"<!doctype html><title>report</title>"
 
@@ -166,7 +167,7 @@ def test_a_comparison_speaks_japanese(front: Front, tmp_path: Path) -> None:
     page = out.read_text("utf-8")
     for words in (
         '<html lang="ja">',
-        "<h1>2 件の統合の比較</h1>",
+        "<h1>2 件の結果の比較</h1>",
         "cars（正解率）",
         "10.0 秒",
         "1 件中 0 件",
@@ -225,6 +226,67 @@ def test_equal_figures_have_no_best_and_missing_ones_are_gaps() -> None:
     assert not [section for section in same.sections if section.title.startswith("recipe")]
 
 
+def evaluation(name: str, **kept: float) -> dict[str, Any]:
+    """An evaluation of some models, by what each keeps, beside one reference."""
+    models = [{"name": model, "checkpoint": f"s3://models/{model}/"} for model in kept]
+    reference = {"name": "expert", "checkpoint": "s3://models/expert/", "reference": True}
+    rows = {
+        model: {"score": 0.8 * share, "interval": [0.6, 0.9], "retention": share, "retention_interval": None}
+        for model, share in {**kept, "expert": 1.0}.items()
+    }
+    found = {
+        "tasks": {"cars": {"metric": "accuracy", "models": rows}},
+        "models": {
+            model: {"mean_retention": share, "worst_retention": share, "bytes": 10} for model, share in kept.items()
+        },
+        "speed": {"models": {model: {"latency_ratio": 1.25} for model in kept}},
+    }
+    gates = [{"model": model, "passed": share > 0.9} for model, share in kept.items()]
+    labeled = {"tasks": [{"task": "cars", "labeled": "s3://x/test.safetensors"}]}
+    return {
+        "id": name,
+        "object": "evaluation",
+        "status": "rejected",
+        "recipe": {"models": [*models, reference], "evaluation": labeled, "gates": [], "seed": 0},
+        "result": {"metrics": found, "gates": gates, "cost": {"seconds": 1.0}},
+    }
+
+
+def test_the_models_of_evaluations_stand_side_by_side() -> None:
+    found = compared([evaluation("evl_a", one=0.85, two=0.95), evaluation("evl_b", three=0.9)])
+    assert found.jobs == ("evl_a one", "evl_a two", "evl_b three")
+    assert [section.title for section in found.sections][2] == "kept of the reference's score"
+    assert row(found, "mean").cells == ("85.0%", "95.0%", "90.0%")
+    assert row(found, "mean").best == (1,)
+    assert row(found, "cars (accuracy)").cells[0] == "0.68 (0.6 to 0.9)"
+    assert row(found, "gates met").cells == ("0 of 1", "1 of 1", "0 of 1")
+    assert row(found, "checkpoint").cells[1] == "s3://models/two/"
+    assert row(found, "latency against the experts' or references'").cells == ("1.25",) * 3
+    assert row(found, "time").cells == ("1.0 s",) * 3
+
+
+def test_a_merge_and_an_evaluation_stand_side_by_side() -> None:
+    measured = {"tasks": [{"task": "cars", "labeled": "s3://x/test.safetensors"}]}
+    merge = {**job("mrg_a", {"metrics": metrics(0.9), "savings": {"bytes_after": 20}}, evaluation=measured)}
+    found = compared([merge, evaluation("evl_a", one=0.95)])
+    assert row(found, "mean").cells == ("90.0%", "95.0%")
+    assert row(found, "method").cells == ("cat", "-")
+    assert row(found, "stored").best == (1,)
+    assert [cost.name for cost in found.sections[-1].rows] == ["stored", "latency against the experts' or references'"]
+    assert not [section for section in found.sections if section.title.startswith("recipe")]
+    assert found.warnings == ()
+    other = {"tasks": [{"task": "cars", "labeled": "s3://x/val.safetensors"}]}
+    elsewhere = {**merge, "recipe": {**merge["recipe"], "evaluation": other}}
+    assert "different labeled samples" in compared([elsewhere, evaluation("evl_a", one=0.95)]).warnings[0]
+
+
+def test_an_evaluation_without_a_result_is_compared_as_far_as_it_goes() -> None:
+    waiting = {**evaluation("evl_b", two=0.9), "result": None, "status": "queued"}
+    found = compared([evaluation("evl_a", one=0.95), waiting])
+    assert row(found, "mean").cells == ("95.0%", "-")
+    assert [warning.split(":")[0] for warning in found.warnings] == ["No result yet, or none any more"]
+
+
 def test_what_can_not_fairly_be_compared_is_said() -> None:
     def measured_on(file: str) -> dict[str, Any]:
         return {"tasks": [{"task": "cars", "labeled": file}]}
@@ -245,3 +307,17 @@ def test_what_a_recipe_says_is_never_taken_for_markup() -> None:
     html = page(found)
     assert not re.findall(r"<[ibus]>", html.partition("<body>")[2])
     assert "&lt;u&gt;" in html
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_the_page_can_be_read_in_either_theme(theme: int) -> None:
+    """Text at 4.5 to 1 and graphics at 3 to 1, as WCAG 2.2 has it at level AA."""
+    block = re.findall(r":root {([^}]*)}", STYLE)[theme]
+    whole = {name: six_digits(color) for name, color in re.findall(r"--(\w+): (#[0-9a-f]+)", block)}
+    for ink in ("ink", "soft", "good"):
+        assert contrast(whole[ink], whole["paper"]) >= 4.5, ink
+    assert min(contrast(whole["bar"], whole[ground]) for ground in ("track", "paper")) >= 3
+
+
+def six_digits(color: str) -> str:
+    return color if len(color) == 7 else "#" + "".join(2 * digit for digit in color[1:])

@@ -195,6 +195,7 @@ def search(chance: random.Random) -> dict[str, Any]:
     """Twenty trials, the fourth of which failed."""
     trials: list[dict[str, Any]] = []
     best = 0.0
+    overflows = Notice("merged_overflows", parameter="model.layers.0.attention.query_key_value.weight", dtype="F16")
     for number in range(20):
         value = None if number == 3 else chance.uniform(0.7, 0.95)
         best = max(best, value or 0.0)
@@ -205,6 +206,8 @@ def search(chance: random.Random) -> dict[str, Any]:
                 "value": value,
                 "best": best,
                 "parameters": {"scaling": round(chance.uniform(0.2, 1.0), 2), "rank": chance.choice((2, 4, 8))},
+                "detail": str(overflows) if value is None else None,
+                "why": as_rows([overflows])[0] if value is None else None,
             }
         )
     return {

@@ -20,6 +20,7 @@ from service.contract.stages import Stage
 from tests.checkpoints import Family, write_family
 from tests.workers.stage_runs import Run
 from tests.workers.test_adapters import QUERY, RANK, pair, write_adapter
+from workers import speed
 
 CLASSES = {"cars": 3, "pets": 5}
 Evaluate = Callable[..., Run]
@@ -231,3 +232,45 @@ def test_labels_that_the_model_has_no_class_for_are_told(family: Family, evaluat
     run = evaluate([{"name": "expert", "checkpoint": "cars/"}], ("cars",))
     with pytest.raises(BadInput, match="label"):
         run.finish()
+
+
+def test_models_are_timed_where_that_is_asked_for(family: Family, evaluate: Evaluate) -> None:
+    merge(family)
+    gate = {"metric": "latency_ratio", "at_most": 1000}
+    run = evaluate([{"name": "merged", "checkpoint": "result/"}, *experts()], speed=True, gates=[gate])
+    done = run.finish()
+    report = report_of(run)
+    told = report["metrics"]["speed"]
+    assert (told["device"], told["batch"]) == ("cpu", 16)
+    assert list(told["models"]) == ["merged", "cars-expert", "pets-expert"]
+    paces = {name: pace["latency_seconds"] for name, pace in told["models"].items()}
+    usual = (paces["cars-expert"] + paces["pets-expert"]) / 2
+    assert told["models"]["merged"]["latency_ratio"] == pytest.approx(paces["merged"] / usual)
+    assert told["models"]["cars-expert"]["latency_ratio"] is None
+    for pace in told["models"].values():
+        assert pace["samples_per_second"] == pytest.approx(16 / pace["latency_seconds"])
+    (verdict,) = report["gates"]
+    assert (verdict["model"], verdict["value"]) == ("merged", told["models"]["merged"]["latency_ratio"])
+    assert done.status is Status.SUCCEEDED
+    page = (family.folder / "evaluated/merge/report.html").read_text()
+    assert "Against the references&#39; mean" in page
+
+
+def test_models_are_not_timed_unasked(family: Family, evaluate: Evaluate) -> None:
+    run = evaluate([{"name": "expert", "checkpoint": "cars/"}], ("cars",))
+    run.finish()
+    assert report_of(run)["metrics"]["speed"] is None
+    assert len(run.done[Stage.EVALUATE]) == 1
+
+
+def test_where_there_is_no_time_every_model_and_one_reference_are_timed(
+    family: Family, evaluate: Evaluate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "ALL_SECONDS", 0.0)
+    merge(family)
+    models = [*experts(), {"name": "merged", "checkpoint": "result/"}, {"name": "again", "checkpoint": "result/"}]
+    run = evaluate(models, speed=True)
+    run.finish()
+    paces = report_of(run)["metrics"]["speed"]["models"]
+    assert list(paces) == ["cars-expert", "merged", "again"]
+    assert paces["again"]["latency_ratio"] is not None

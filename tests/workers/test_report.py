@@ -18,7 +18,9 @@ from service.contract.treatments import Role
 from service.contract.trials import TrialState
 from tests.workers.made_up_report import made_up
 from workers import figures
-from workers.charts import VEGA_LITE, layer_charts, library, quality_charts
+from workers.charts.chart import VEGA_LITE, library
+from workers.charts.layers import layer_charts
+from workers.charts.quality import quality_charts
 from workers.languages import LANGUAGES, both, known, noticed, said, texts, token
 from workers.report import render_card, render_html
 from workers.usage import Usage, summed
@@ -80,6 +82,20 @@ def test_a_warning_speaks_the_language_of_its_reader() -> None:
     assert str(noticed(as_rows(["careful"])[0])) == '<span lang="en">careful</span>'
 
 
+def test_trials_that_failed_alike_are_told_of_together_and_older_ones_as_they_were_written() -> None:
+    report = made_up()
+    trials = report["search"]["trials"]
+    trials[5] |= {key: trials[3][key] for key in ("state", "value", "detail", "why")}
+    trials[7] |= {"state": "failed", "value": None, "detail": "it was <too> much", "why": None}
+    page = render_html(report)
+    chapter = page[page.index('<section id="search">') : page.index('<section id="cost">')]
+    assert chapter.count("<li>") == 2
+    assert "3, 5: " in chapter
+    assert "does not fit into F16" in chapter
+    assert "F16 の範囲を超えて" in chapter
+    assert '<span lang="en">it was &lt;too&gt; much</span>' in chapter
+
+
 def test_what_becomes_of_parameters_without_statistics_has_a_text() -> None:
     treated = {method.without or "kept untrimmed" for method in METHODS.values()}
     assert [words for words in treated if not known("treated_" + words.replace(" ", "_"))] == []
@@ -88,9 +104,9 @@ def test_what_becomes_of_parameters_without_statistics_has_a_text() -> None:
 def test_every_text_is_used() -> None:
     """Those of metrics, gates, roles, models and charts are named in the code by the end of their names."""
     code = "".join(file.read_text() for file in TEMPLATES.iterdir() if file.name.endswith((".html", ".js")))
-    code += (files("workers") / "charts.py").read_text()
+    code += "".join(file.read_text() for file in (files("workers") / "charts").iterdir() if file.name.endswith(".py"))
     families = ("metric_", "gate_", "role_", "model_", "analysis_", "judged_", "why_", "state_", "stage_", "treated_")
-    charts = ("_chart", "_alt")
+    charts = ("_chart", "_alt", "_likeness")
     unused = [
         name
         for name in texts()

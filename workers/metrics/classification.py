@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -120,7 +121,7 @@ def gather(model: nn.Module, samples: Samples, setting: Setting) -> Answers:
     if row.head is None:
         scores = class_scores(model, inputs, setting.batch_size)
     else:
-        scores = _head_scores(model, inputs, setting.batch_size, row.head, setting.head)
+        scores = head_scores(model, inputs, setting.batch_size, row.head, setting.head)
     labels = samples[LABELS].long()
     _refuse_labels(labels, scores.shape[1], setting)
     return Answers(refuse_non_finite(scores, setting).double().numpy(), labels.numpy())
@@ -144,10 +145,15 @@ ROW = KindRow(
 )
 
 
-def _head_scores(
-    model: nn.Module, inputs: dict[str, Tensor], batch_size: int, row: FeatureHead, head: Samples
+def head_scores(
+    model: nn.Module, inputs: Mapping[str, Tensor], batch_size: int, row: FeatureHead, head: Samples
 ) -> Tensor:
-    """Pooled features [n, d] times the head's rows [classes, d], times exp(logit_scale) where there is one."""
+    """Pooled features [n, d] times the head's rows [classes, d], times exp(logit_scale) where there is one.
+
+    Raises:
+        BadInput: the head is of another width than the features.
+        UnsupportedArchitecture: the model gives no features.
+    """
     features = pooled_features(model, inputs, batch_size, row.pooling, row.normalize)
     weight = head["weight"].float()
     if features.shape[1] != weight.shape[1]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from service.contract.errors import BadInput
 from service.contract.labeled import DOCUMENT, QUERY
 from service.contract.metrics import Metric
+from service.contract.notices import Notice
 from service.contract.samples import LABELS
 from workers.exemplars import naming, refuse_misfits
 from workers.forward import pooled_features
@@ -93,7 +94,7 @@ def _features(model: Any, samples: Samples, prefix: str, setting: Setting) -> Te
     refuse_misfits(model, inputs)
     features = pooled_features(model, inputs, setting.batch_size, "mean", normalize=True)
     if not bool(features.isfinite().all()):
-        raise BadInput(f"the features of a {prefix.removesuffix('.')} are NaN or infinite")
+        raise BadInput(Notice("features_not_finite", side=prefix.removesuffix(".")))
     return features
 
 

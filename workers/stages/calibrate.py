@@ -200,8 +200,7 @@ def _refuse_non_finite(task: Task, weights: Mapping[str, Tensor], merged: Iterab
     for name in merged:
         if not torch.isfinite(weights[name]).all():
             raise BadTensor(
-                f"task {task.name!r} holds NaN or infinity in {name!r} ({task.checkpoint}); merge finite checkpoints",
-                tensor=name,
+                Notice("task_not_finite", task=task.name, parameter=name, checkpoint=task.checkpoint), tensor=name
             )
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from service.contract import artifacts
 from service.contract.evaluating import EvaluationRecipe
-from service.contract.evaluation_plan import inputs_of
+from service.contract.evaluation_plan import bytes_of_model
 from service.contract.job import Artifact, Status
 from service.contract.notices import as_rows
 from service.contract.parts import Done
 from service.contract.plan import Plan
+from service.contract.stages import Stage
 from workers.evaluation_report import EvaluationFacts, build_evaluation_report
 from workers.figures_file import ModelScores, read_scores
 from workers.licenses import read_license
@@ -31,7 +32,9 @@ def run(work: Work) -> Done:
     """
     recipe, plan = work.evaluation_recipe, work.plan()
     found = _scores(work, recipe)
-    metrics = evaluated(recipe, found, {model.name: _size(plan, recipe, model.name) for model in recipe.models})
+    sizes = {model.name: bytes_of_model(plan, recipe, model.name) for model in recipe.models}
+    speed = next((output["speed"] for output in work.outputs(Stage.EVALUATE) if "speed" in output), None)
+    metrics = evaluated(recipe, found, sizes, speed)
     verdicts, doubtful = judged(recipe, metrics), uncertain(recipe, found)
     files = [digested(work, plan.prefix, name) for name in (artifacts.RECIPE, artifacts.PLAN)]
     inputs = digests(work, plan)
@@ -64,13 +67,6 @@ def _scores(work: Work, recipe: EvaluationRecipe) -> dict[tuple[str, str], Model
         (row.task, model.name): read_scores(work.objects, artifacts.figures(work.workspace, work.claim.job_id, index))
         for index, (row, model) in enumerate(recipe.parts)
     }
-
-
-def _size(plan: Plan, recipe: EvaluationRecipe, model: str) -> int:
-    """The bytes of a model's weights and of the heads that it is measured with."""
-    names = dict.fromkeys(name for row in recipe.evaluation.tasks for name in inputs_of(model, row.task))
-    files = (file for name in names for file in plan.inputs.get(name, ()))
-    return sum(file.size for file in files if file.address.endswith(".safetensors"))
 
 
 def _result(report: dict[str, Any], plan: Plan, files: list[Artifact]) -> dict[str, Any]:

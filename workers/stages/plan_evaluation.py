@@ -1,4 +1,4 @@
-"""Plans an evaluation by itself: pins its inputs, and asks for a part per model and task."""
+"""Plans an evaluation by itself: pins its inputs, and asks for a part per model and task, and one for speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from service.contract import artifacts
 from service.contract.checkpoint import Checkpoint
 from service.contract.errors import BadInput
 from service.contract.evaluating import EvaluatedModel, EvaluationRecipe
-from service.contract.evaluation import TaskEvaluation
+from service.contract.evaluation import SPEED, TaskEvaluation
 from service.contract.evaluation_plan import evaluation_plan, evaluation_samples, measured_tasks
 from service.contract.heads import own_head_faults
 from service.contract.labeled import model_faults
@@ -56,6 +56,8 @@ def _parts(recipe: EvaluationRecipe, plan: Plan, wholes: Mapping[str, Checkpoint
     for index, (row, model) in enumerate(recipe.parts):
         files = tuple(file.address for file in wholes[model.name].files)
         yield NewPart(Stage.EVALUATE, index, _named(row, model), EVALUATE_WEIGHT, peak_bytes=peak, inputs=files)
+    if recipe.speed:
+        yield NewPart(Stage.EVALUATE, len(recipe.parts), SPEED, EVALUATE_WEIGHT, peak_bytes=peak)
     yield NewPart(Stage.FINALIZE, 0, "finalize", FINALIZE_WEIGHT)
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from service.contract.errors import BadInput, BadTensor
+from service.contract.errors import BadInput, BadTensor, Failure
 from service.contract.evaluation import Evaluation, TaskEvaluation
+from service.contract.notices import Notice, as_rows
 from service.contract.parts import Done
 from service.contract.plan import Plan
 from service.contract.recipe import Recipe
@@ -31,7 +32,6 @@ from workers.tensors import TensorReader
 from workers.trial import Trial
 from workers.work import Work
 
-LOOKED_AT: Mapping[Figure, str] = {"retention": "validation samples", "likeness": "exemplars"}
 # What may be wrong with one trial's parameters alone.
 OWN_FAULTS = (
     BadInput,
@@ -67,7 +67,7 @@ def _tried(work: Work, search: Search, trial: TrialRecord) -> TrialRecord:
     try:
         output = _measured(work, search, trial, is_kept=is_kept)
     except OWN_FAULTS as error:
-        return replace(trial, state="failed", detail=str(error))
+        return _failed(trial, _reason(error))
     finally:
         if not is_kept:
             forget(work, trial.number)
@@ -75,9 +75,20 @@ def _tried(work: Work, search: Search, trial: TrialRecord) -> TrialRecord:
     value = search.value(list(figures.values()))
     if not math.isfinite(value):
         lacking = [task for task, figure in figures.items() if not math.isfinite(figure)]
-        detail = f"the {search.measures} of {', '.join(lacking)} on {LOOKED_AT[search.measures]} is no number"
-        return replace(trial, state="failed", detail=detail)
+        return _failed(trial, Notice(f"no_{search.measures}", tasks=", ".join(lacking)))
     return replace(trial, state="complete", value=value, output=output)
+
+
+def _failed(trial: TrialRecord, reason: str) -> TrialRecord:
+    (why,) = as_rows([reason])
+    return replace(trial, state="failed", detail=reason, output={"why": why})
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Failure):
+        return error.detail
+    is_full = isinstance(error, torch.OutOfMemoryError)
+    return Notice("out_of_memory" if is_full else "not_factored", reason=str(error))
 
 
 def _measured(work: Work, search: Search, trial: TrialRecord, *, is_kept: bool) -> dict[str, Any]:
@@ -110,7 +121,8 @@ def _retentions(work: Work, reader: TensorReader, merged: dict[str, Tensor]) -> 
 
 MEASURE: Mapping[Figure, Callable[[Work, TensorReader, dict[str, Tensor]], dict[str, float]]] = {
     "retention": _retentions,
-    "likeness": likenesses,
+    "likeness": partial(likenesses, figure="likeness"),
+    "prediction_likeness": partial(likenesses, figure="prediction_likeness"),
 }
 
 

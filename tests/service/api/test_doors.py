@@ -22,6 +22,7 @@ ROUTES = {
     ("post", "/v1/merges"),
     ("get", "/v1/merges"),
     ("post", "/v1/merges:plan"),
+    ("post", "/v1/evaluations:plan"),
     ("post", "/v1/merges:analyze"),
     ("get", "/v1/merges/{job_id}"),
     ("delete", "/v1/merges/{job_id}"),

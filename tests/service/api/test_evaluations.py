@@ -174,3 +174,23 @@ def test_what_the_recipe_lacks_is_told_with_pointers(stocked: Front) -> None:
     assert "did you mean 'checkpoint'" in found["/models/0/checkpint"]
     problem = refused(stocked.http.post("/v1/merges", json={**asked(), "mode": "evaluation"}), 422, "validation_error")
     assert "/mode" in {fault["pointer"] for fault in problem["errors"]}
+
+
+def test_a_plan_tells_what_would_be_measured_and_stores_nothing(stocked: Front) -> None:
+    expert = {"name": "expert", "checkpoint": "s3://models/cars-expert/", "tasks": ["cars"], "reference": True}
+    body = asked(speed=True)
+    body["models"].append(expert)
+    response = stocked.http.post("/v1/evaluations:plan", json=body)
+    assert response.status_code == 200, response.text
+    plan = response.json()
+    merged, reference = plan["models"]
+    assert (merged["name"], merged["tasks"], merged["heads"]) == ("merged", ["cars", "pets"], ["cars", "pets"])
+    assert (reference["reference"], reference["tasks"], reference["heads"]) == (True, ["cars"], [])
+    heads = [stocked.house.objects.head(f"s3://merged/run/heads/{task}.safetensors").size for task in ("cars", "pets")]
+    assert merged["bytes"] == stocked.house.objects.head("s3://merged/run/model.safetensors").size + sum(heads)
+    assert (plan["references"], plan["parts"]) == ({"cars": "expert", "pets": None}, 4)
+    assert plan["peak_memory_bytes"] > 0
+    assert stocked.count() == 0
+    refused(stocked.http.post("/v1/evaluations:plan", json={}), 422, "validation_error")
+    lost = asked(models=[{"name": "lost", "checkpoint": "s3://models/lost/"}])
+    refused(stocked.http.post("/v1/evaluations:plan", json=lost), 422, "checkpoint_not_found")

@@ -60,6 +60,48 @@ def test_a_fault_points_into_the_request(value: object, expected: list[tuple[str
     assert faults(value) == expected
 
 
+def test_all_that_is_wrong_with_a_search_is_told_at_once_and_where() -> None:
+    space = {
+        "method": ["cat", "tiess", "lott"],
+        "scaling": {"low": 2, "high": 1},
+        "rank": [],
+        "weights.dogs": [0.5],
+        "weights.cars": [0.5, -1],
+    }
+    asked = {"space": {**space, "rank": [1]}, "sampler": "grid", "objective": "feature_likeness"}
+    assert faults(recipe(search=asked)) == [
+        ("/search/objective", "value_error"),
+        ("/search/space/scaling", "value_error"),
+        ("/search/space/scaling", "value_error"),
+        ("/search/space/weights.dogs", "value_error"),
+        ("/search/space/weights.cars/1", "value_error"),
+        ("/search/space/method/1", "value_error"),
+        ("/search/space/method/2", "value_error"),
+    ]
+    assert faults(recipe(search={"space": {**space, "seed": {"low": 1}}})) == [
+        ("/search/space/rank", "too_short"),
+        ("/search/space/seed/high", "missing"),
+    ]
+
+
+def test_parameters_that_a_method_does_not_take_are_told_at_once_and_where() -> None:
+    space = {"method": ["cat", "lot"], "rank": {"low": 0.5, "high": 2}, "balance": [1, -1, -2], "dropp": [1]}
+    asked = {"space": space, "objective": "feature_likeness"}
+    assert faults(recipe(search=asked)) == [
+        ("/search/objective", "value_error"),
+        ("/search/space/rank/low", "value_error"),
+        ("/search/space/balance/1", "value_error"),
+        ("/search/space/balance/2", "value_error"),
+        ("/search/space/dropp", "value_error"),
+        ("/search/space/method/1", "value_error"),
+    ]
+
+
+def test_every_gate_that_can_not_be_computed_is_told() -> None:
+    gates = [{"metric": "mean_retention", "at_least": 0.9}, {"metric": "model_bytes", "at_most": 1e9}]
+    assert faults(recipe(gates=[*gates, gates[0]])) == [("/gates/0", "value_error"), ("/gates/2", "value_error")]
+
+
 @pytest.mark.parametrize(
     ("value", "says"),
     [

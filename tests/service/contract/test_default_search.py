@@ -12,11 +12,13 @@ from service.contract.recipe import Recipe
 TASKS = ("cars", "pets")
 
 
-def recipe(*, validation: tuple[str, ...] = TASKS, exemplars: bool = True, **changes: Any) -> Recipe:
+def recipe(
+    *, validation: tuple[str, ...] = TASKS, exemplars: bool = True, kind: str = "classification", **changes: Any
+) -> Recipe:
     tasks = [{"name": name, "checkpoint": f"s3://models/{name}/"} for name in TASKS]
     if exemplars:
         tasks = [{**task, "exemplars": f"s3://data/{task['name']}.safetensors"} for task in tasks]
-    rows = [{"task": name, "labeled": f"s3://data/{name}-test.safetensors"} for name in TASKS]
+    rows = [{"task": name, "labeled": f"s3://data/{name}-test.safetensors", "kind": kind} for name in TASKS]
     for row in rows:
         if row["task"] in validation:
             row["validation"] = f"s3://data/{row['task']}-val.safetensors"
@@ -45,6 +47,14 @@ def test_a_few_scalings_around_the_default_are_tried(method: Any, name: str, sca
     assert (asked.search.objective, asked.search.count(asked.method)) == ("mean_retention", 5)
 
 
+@pytest.mark.parametrize("validation", [(), TASKS[:1]])
+def test_without_labels_the_predictions_of_exemplars_are_compared(validation: tuple[str, ...]) -> None:
+    asked = recipe(validation=validation)
+    assert space(asked) == {"scaling": (0.4, 0.3, 0.5, 0.2, 0.6)}
+    assert asked.search is not None
+    assert asked.search.objective == "prediction_likeness"
+
+
 def test_a_recipe_without_a_method_is_searched_for_too() -> None:
     assert space(recipe()) == {"scaling": (0.4, 0.3, 0.5, 0.2, 0.6)}
 
@@ -60,8 +70,10 @@ def test_a_recipe_without_a_method_is_searched_for_too() -> None:
         {"search": None},
         {"mode": "analysis", "evaluation": None},
         {"evaluation": None},
-        {"validation": ()},
-        {"validation": TASKS[:1]},
+        {"validation": (), "exemplars": False},
+        {"validation": TASKS[:1], "exemplars": False},
+        {"validation": (), "kind": "regression"},
+        {"validation": (), "evaluation": {"tasks": [{"task": "cars", "labeled": "s3://data/cars.safetensors"}]}},
     ],
 )
 def test_nothing_is_searched_for(changes: dict[str, Any]) -> None:
@@ -83,14 +95,23 @@ def test_a_trial_does_not_search() -> None:
     assert recipe(search={"space": {"method": ["cat", "ties"]}}).tried({"method": "ties"}).search is None
 
 
-def test_without_labels_exemplars_are_enough_for_a_search() -> None:
-    search = {"space": {"scaling": [0.3, 0.5]}, "objective": "feature_likeness"}
+@pytest.mark.parametrize(
+    ("objective", "measures", "compares"),
+    [
+        ("feature_likeness", "likeness", "features"),
+        ("prediction_likeness", "prediction_likeness", "predictions"),
+    ],
+)
+def test_without_labels_exemplars_are_enough_for_a_search(objective: str, measures: str, compares: str) -> None:
+    search = {"space": {"scaling": [0.3, 0.5]}, "objective": objective}
     asked = recipe(search=search, evaluation=None)
     assert asked.search is not None
-    assert asked.search.measures == "likeness"
+    assert asked.search.measures == measures
     assert asked.search.value([0.5, 1.0]) == 0.75
-    sentence = "feature_likeness compares features of exemplars of every task; there are none for cars, pets"
+    sentence = f"{objective} compares {compares} of exemplars of every task; there are none for cars, pets"
     with pytest.raises(ValidationError, match=sentence):
         recipe(search=search, exemplars=False)
-    with pytest.raises(ValidationError, match="Without labels, feature_likeness is an objective"):
+    with pytest.raises(
+        ValidationError, match="Without labels, exemplars are enough for feature_likeness and prediction_likeness"
+    ):
         recipe(search={"space": {"scaling": [0.3, 0.5]}}, evaluation=None)

@@ -182,7 +182,7 @@ def test_a_gate_that_can_not_be_computed_is_refused(evaluation: Any, gate: dict[
         recipe(evaluation, gate)
     assert sentence in str(refused.value)
     (fault,) = refused.value.errors()
-    assert fault["loc"] == ("gates",)
+    assert fault["loc"] == ("gates", 0)
 
 
 def test_gates_that_can_be_computed() -> None:
