@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from itertools import pairwise
 
@@ -17,7 +17,8 @@ from service.contract.treatments import Keep, Moments, Projection, ScaleMask, Sh
 from service.contract.treatments import Statistic as Needs
 from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares
 from workers.treatments import TREATMENTS, Effect, Removed, apply_removed, projection, trim
-from workers.treatments.spectrum import Difference, dense, first_rows, krylov, leading, low_rank
+from workers.treatments.krylov import first_rows, krylov
+from workers.treatments.spectrum import Difference, dense, leading, low_rank
 
 ROW_COUNTS = [5, 30, 3, 12]
 every_row = pytest.mark.parametrize("params", [row() for row in ROWS.values()], ids=lambda p: p.name)
@@ -412,32 +413,42 @@ def test_the_low_rank_route_and_the_dense_one_agree(positive_only: bool) -> None
     small_values, small_vectors = low_rank(matrix)
     torch.testing.assert_close(small_values[:4], values[:4])
     torch.testing.assert_close(onto(small_vectors[:, :4]), onto(vectors[:, :4]))
-    found = leading(matrix, 4, positive_only=positive_only, precision=1e-16)
+    (found,) = leading([matrix], 4, positive_only=positive_only, precision=1e-16)
     torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :4]))
 
 
 def test_directions_of_eigenvalue_zero_are_found_where_they_are_wanted() -> None:
     matrix = difference(30, 3, 4)
-    assert len(leading(matrix, 9, positive_only=True, precision=1e-16).values) == 3
-    found = leading(matrix, 9, positive_only=False, precision=1e-16)
+    assert len(leading([matrix], 9, positive_only=True, precision=1e-16)[0].values) == 3
+    (found,) = leading([matrix], 9, positive_only=False, precision=1e-16)
     assert len(found.values) == 9
     torch.testing.assert_close(onto(found.vectors) @ found.vectors, found.vectors)
 
 
+def multiplied(matrices: Sequence[Difference]) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    return lambda rows, which: torch.stack([matrices[k].times(r) for r, k in zip(rows, which, strict=True)])
+
+
 def test_the_iteration_agrees_with_the_dense_route() -> None:
-    matrix = difference(300, 180, 140)
-    values, vectors = dense(matrix)
-    start = first_rows(matrix, 9)
-    found = krylov(matrix.times, start, 5, tolerance=1e-12, limit=200, floor=-math.inf)
-    assert found is not None
-    torch.testing.assert_close(found.values, values[:5])
-    torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :5]), rtol=0, atol=1e-9)
+    # They are done one after the other, and in the same place as they would be alone.
+    matrices = [difference(300, 180, 140), difference(300, 20, 300, seed=7), difference(300, 250, 30, seed=9)]
+    start = first_rows(matrices[0].like, 9)
+    options = {"tolerance": 1e-12, "limit": 200}
+    together = krylov(multiplied(matrices), start, 5, floors=[-math.inf] * 3, **options)
+    for matrix, found in zip(matrices, together, strict=True):
+        values, vectors = dense(matrix)
+        (alone,) = krylov(multiplied([matrix]), start, 5, floors=[-math.inf], **options)
+        assert found is not None
+        assert alone is not None
+        torch.testing.assert_close(found.values, values[:5])
+        torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :5]), rtol=0, atol=1e-9)
+        torch.testing.assert_close(onto(found.vectors), onto(alone.vectors), rtol=0, atol=1e-9)
 
 
 def test_the_iteration_gives_up_in_too_small_a_space() -> None:
     matrix = difference(300, 180, 140)
-    start = first_rows(matrix, 9)
-    assert krylov(matrix.times, start, 5, tolerance=1e-12, limit=32, floor=-math.inf) is None
+    start = first_rows(matrix.like, 9)
+    assert krylov(multiplied([matrix]), start, 5, tolerance=1e-12, limit=32, floors=[-math.inf]) == [None]
 
 
 @pytest.mark.parametrize("gain", [400, 2])
@@ -445,7 +456,7 @@ def test_a_large_problem_takes_the_same_directions(gain: int) -> None:
     # With a gain of rank 2 the iteration can't converge on five positive eigenvalues, and the exact route steps in.
     matrix = difference(1024, gain, 520)
     values, vectors = low_rank(matrix)
-    found = leading(matrix, 5, positive_only=True, precision=1e-16)
+    (found,) = leading([matrix], 5, positive_only=True, precision=1e-16)
     count = min(5, gain)
     torch.testing.assert_close(found.values, values[:count])
     torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :count]), rtol=0, atol=1e-9)
@@ -455,11 +466,11 @@ def test_rounding_noise_is_not_positive() -> None:
     same = drawn(20, 6, seed=1)
     turned = same @ torch.linalg.qr(drawn(6, 6, seed=2)).Q
     for matrix in (Difference([same], [turned]), Difference([turned], [same])):
-        assert len(leading(matrix, 4, positive_only=True, precision=1e-16).values) == 0
+        assert len(leading([matrix], 4, positive_only=True, precision=1e-16)[0].values) == 0
 
 
 def test_the_largest_entry_of_a_direction_is_positive() -> None:
-    vectors = leading(difference(30, 6, 8), 4, positive_only=True, precision=1e-16).vectors
+    vectors = leading([difference(30, 6, 8)], 4, positive_only=True, precision=1e-16)[0].vectors
     for column in vectors.T:
         assert column[column.abs().argmax()] > 0
 

@@ -13,7 +13,10 @@ from service.contract import artifacts
 from service.contract.notices import Notice
 from service.contract.parts import Done
 from service.contract.plan import Plan, TensorPlan
+from service.contract.planning import held_bytes
+from service.contract.recipe import Recipe
 from service.stores.objects import failures
+from workers.abreast import abreast
 from workers.baselines import as_asked
 from workers.chosen import as_chosen
 from workers.conflict import Conflict
@@ -46,8 +49,10 @@ def merge_shard(work: Work, plan: Plan) -> Done:
     header = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
     with TensorReader(work.objects) as reader, TensorWriter(work.objects, plan.prefix, shard.file, header) as writer:
         sources = Sources.open(work, plan, reader)
-        # A map holds on to nothing that was read for the tensor before.
-        for group, tensor, merged in map(partial(_merge, work, sources), sources.read(work, shard)):
+        held = partial(_held, work.recipe)
+        limit = max((held_bytes(work.recipe, tensor, work.recipe.method) for tensor in shard.tensors), default=0)
+        merging = abreast(partial(_merge, work, sources), sources.read(work, shard), held, limit if work.device == "cpu" else 0)
+        for group, tensor, merged in merging:
             if group.entries is None:
                 writer.add(tensor.name, merged.tensor)
             else:
@@ -68,6 +73,11 @@ def merge_shard(work: Work, plan: Plan) -> Done:
     if conflict.measured:
         output["conflict"] = conflict.as_dict()
     return Done(output=output, warnings=kept(rows))
+
+
+def _held(recipe: Recipe, found: Found) -> int:
+    """Bytes that are held while this is merged"""
+    return held_bytes(recipe, found.plan, recipe.method)
 
 
 def _merge(work: Work, sources: Sources, found: Found) -> tuple[Group, TensorPlan, Merged]:
