@@ -153,7 +153,12 @@ def methods_of(recipe: Recipe) -> tuple[AnyMethod, ...]:
 
 def peak_memory(recipe: Recipe, tensors: Sequence[TensorPlan], method: AnyMethod) -> int:
     """What one worker holds at most while it merges: its largest tensor, and what is read ahead and written behind."""
-    return max((held_bytes(recipe, tensor, method) for tensor in tensors), default=0) + STREAM_BYTES
+    return largest_held(recipe, tensors, method) + STREAM_BYTES
+
+
+def largest_held(recipe: Recipe, tensors: Sequence[TensorPlan], method: AnyMethod) -> int:
+    """What is held of one of the tensors at most; smaller ones that hold no more together may be merged at once."""
+    return max((held_bytes(recipe, tensor, method) for tensor in tensors), default=0)
 
 
 def held_bytes(recipe: Recipe, tensor: TensorPlan, method: AnyMethod) -> int:

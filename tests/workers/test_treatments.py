@@ -18,7 +18,7 @@ from service.contract.treatments import Statistic as Needs
 from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares
 from workers.treatments import TREATMENTS, Effect, Removed, apply_removed, projection, trim
 from workers.treatments.krylov import first_rows, krylov
-from workers.treatments.spectrum import Difference, dense, leading, low_rank
+from workers.treatments.spectrum import Difference, dense, leading, low_rank, times
 
 ROW_COUNTS = [5, 30, 3, 12]
 every_row = pytest.mark.parametrize("params", [row() for row in ROWS.values()], ids=lambda p: p.name)
@@ -324,13 +324,13 @@ def test_float32_agrees_with_float64() -> None:
 def test_trimming_in_place_is_trimming(turned: bool, restore_norm: bool) -> None:
     # Larger than a chunk, and of a size that is no multiple of one.
     params = Projection(rank=3, balance=0.5, restore_norm=restore_norm)
-    task_vectors = [drawn(150, 1001, seed=k, dtype=torch.float32) for k in range(3)]
+    task_vectors = [drawn(300, 1001, seed=k, dtype=torch.float32) for k in range(3)]
     if turned:
         task_vectors = [t.T.contiguous().T for t in task_vectors]
     statistics = [observe_rows(x) for x in features(1001, 3)]
     expected = trim(task_vectors, statistics, params)
     again = apply_removed(task_vectors, expected.removed, params)
-    largest = [t.abs().flatten().kthvalue(t.numel() - 1502 + 1).values for t in task_vectors]  # 1 % of 150,150
+    largest = [t.abs().flatten().kthvalue(t.numel() - 3003 + 1).values for t in task_vectors]  # 1 % of 300,300
     gone = [before - after for before, after in zip(task_vectors, expected.task_vectors, strict=True)]
     shares = [size(g[t.abs() >= at]) / size(g) for g, t, at in zip(gone, task_vectors, largest, strict=True)]
     outcome = projection.trim(task_vectors, statistics, params, out=task_vectors)
@@ -426,18 +426,17 @@ def test_directions_of_eigenvalue_zero_are_found_where_they_are_wanted() -> None
 
 
 def multiplied(matrices: Sequence[Difference]) -> Callable[[Tensor, Sequence[int]], Tensor]:
-    return lambda rows, which: torch.stack([matrices[k].times(r) for r, k in zip(rows, which, strict=True)])
+    return lambda rows, which: times([matrices[k] for k in which], rows)
 
 
 def test_the_iteration_agrees_with_the_dense_route() -> None:
     # They are done one after the other, and in the same place as they would be alone.
     matrices = [difference(300, 180, 140), difference(300, 20, 300, seed=7), difference(300, 250, 30, seed=9)]
     start = first_rows(matrices[0].like, 9)
-    options = {"tolerance": 1e-12, "limit": 200}
-    together = krylov(multiplied(matrices), start, 5, floors=[-math.inf] * 3, **options)
+    together = krylov(multiplied(matrices), start, 5, tolerance=1e-12, limit=200, floors=[-math.inf] * 3)
     for matrix, found in zip(matrices, together, strict=True):
         values, vectors = dense(matrix)
-        (alone,) = krylov(multiplied([matrix]), start, 5, floors=[-math.inf], **options)
+        (alone,) = krylov(multiplied([matrix]), start, 5, tolerance=1e-12, limit=200, floors=[-math.inf])
         assert found is not None
         assert alone is not None
         torch.testing.assert_close(found.values, values[:5])

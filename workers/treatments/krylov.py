@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FIRST_LOOK = 12  # blocks before it pays to look whether anything has converged
+FIRST_LOOK = 48  # dimensions, or three blocks, before it pays to look whether anything has converged
 FASTER = 0.75  # of the blocks that convergence at the pace so far would take: the pace grows
 
 Times = Callable[[Tensor, Sequence[int]], Tensor]
@@ -31,14 +31,14 @@ def krylov(
     1977). ``times`` multiplies ``rows [m, b, out]`` with the m matrices whose numbers it is given. A matrix is done
     when ||G v - value * v|| is at most ``tolerance`` times the magnitude of G's largest eigenvalue for every pair, or
     at most its floor for values no larger than that, and given up when its space would exceed ``limit`` dimensions.
-    All go on side by side: small products cost less together, and the same whoever else is there.
+    All go on side by side, since small products cost less together.
     """
     width, size = start.shape
     found: list[Eigenpairs | None] = [None for _ in floors]
     left = list(range(len(floors)))
     space = start.new_empty(len(left), limit, size)
     inside = start.new_zeros(len(left), limit, limit)
-    block, check = start.expand(len(left), -1, -1), FIRST_LOOK * width
+    block, check = start.expand(len(left), -1, -1), max(FIRST_LOOK, 3 * width)
     for held in range(width, limit + 1, width):
         space[:, held - width : held] = block
         image = times(block, left)
@@ -57,8 +57,8 @@ def krylov(
         if not places:
             break
         if len(places) < len(left):
-            left = [left[place] for place in places]
-            space, inside, block = space[places], inside[places], block[places]
+            left, block = [left[place] for place in places], block[places]
+            space, inside = _moved_up(space, places, held), _moved_up(inside, places, held)
         check = held + _blocks_to_go(held // width, max(excess[place] for place in places), tolerance) * width
     return found
 
@@ -83,6 +83,14 @@ def _orthonormal(image: Tensor, space: Tensor) -> tuple[Tensor, Tensor, tuple[Te
     again = torch.baddbmm(once.mT, once.mT @ space.mT, space, alpha=-1)
     turned, second = torch.linalg.qr(again.mT)
     return turned.mT, within, (first, second)
+
+
+def _moved_up(stack: Tensor, places: Sequence[int], held: int) -> Tensor:
+    """Those at some places of a stack, of each so many rows, where they lie in the memory of those that are done."""
+    for new, old in enumerate(places):
+        if new != old:
+            stack[new, :held] = stack[old, :held]
+    return stack[: len(places)]
 
 
 def _allowed(values: Tensor, tolerance: float, floors: Sequence[float], wanted: int) -> Tensor:

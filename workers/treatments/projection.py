@@ -20,7 +20,7 @@ ALONE = 1 << 15  # entries of a task vector below which no other thread pays
 # All answers are held at once, rather than computed task by task, where they take no more than
 HELD_SHARE = 2  # task vectors' worth of memory, or
 HELD_ENTRIES = 1 << 24  # entries
-TOGETHER = 4  # tasks whose directions are found side by side, where that pays
+TOGETHER = 4  # tasks whose directions are found side by side, where all answers are held
 
 
 def trim(
@@ -48,8 +48,11 @@ def trim(
     with one_thread() as threads:
         threads = threads if task_vectors[0].numel() >= ALONE else 1
         answers = _Answers.of(task_vectors, roots, threads)
-        batches = [tasks[first : first + TOGETHER] for first in tasks[::TOGETHER]]
-        found = [each for batch in shared_out(lambda ks: _disturbed(answers, ks, params), batches, threads) for each in batch]
+        together = 1 if answers.held is None else TOGETHER
+        batches = [tasks[first : first + together] for first in tasks[::together]]
+        found = [
+            each for batch in shared_out(lambda ks: _disturbed(answers, ks, params), batches, threads) for each in batch
+        ]
         removals = [Removal.on_behalf([part for part, _ in found], i) for i in tasks]
 
         def looked(i: int) -> tuple[Stripped, list[Tensor]]:
@@ -125,9 +128,11 @@ class _Answers:
 
 def _answered(task_vectors: Sequence[Tensor], roots: Sequence[Root], threads: int) -> list[list[Tensor]]:
     """All answers, by task vector and by task: each task vector is read once."""
-    together = torch.cat([root.weights * root.scale for root in roots]).T
     widths = [root.rows for root in roots]
-    return shared_out(lambda vector: list(torch.split(vector @ together, widths, dim=1)), task_vectors, threads)
+    together = roots[0].weights.new_empty(sum(widths), task_vectors[0].shape[1])
+    for place, root in zip(torch.split(together, widths), roots, strict=True):
+        torch.mul(root.weights, root.scale, out=place)
+    return shared_out(lambda vector: list(torch.split(vector @ together.T, widths, dim=1)), task_vectors, threads)
 
 
 def _stand_for_inputs(task_vectors: Sequence[Tensor], roots: Sequence[Root]) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from service.contract.errors import BadTensor
-from workers.treatments.krylov import Eigenpairs, first_rows, krylov
+from workers.treatments.krylov import Eigenpairs, Times, first_rows, krylov
 from workers.treatments.outcome import energy
 
 # Where one route becomes quicker than the next, measured with one thread of a current processor.
@@ -18,6 +19,8 @@ LOW_RANK_COLUMNS = 512  # up to here a QR of the columns beats an iteration
 KRYLOV_SIZE = 320  # below this a complete factorization does
 FORMED_SIZE = 1024  # up to here products with G itself beat products with its many columns
 KRYLOV_LIMIT = 512  # dimensions to search in before giving up, if few vectors are wanted
+
+Iterate = Callable[[Times, Tensor], list[Eigenpairs | None]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,15 +57,6 @@ class Difference:
         gain, cost = self.energies or (sum(map(energy, blocks)) for blocks in (self.gains, self.costs))
         return gain + self.balance * cost
 
-    def times(self, rows: Tensor) -> Tensor:
-        """G times each of ``rows [b, out]``, without forming G."""
-        columns = rows.new_zeros(self.size, len(rows))
-        for block in self.gains:
-            columns.addmm_(block, (rows @ block).T)
-        for block in self.costs:
-            columns.addmm_(block, (rows @ block).T, alpha=-self.balance)
-        return columns.T
-
     def formed(self) -> Tensor:
         """G itself."""
         total = self.like.new_zeros(self.size, self.size)
@@ -82,15 +76,13 @@ def is_formed(size: int, columns: int) -> bool:
     return size <= FORMED_SIZE and columns > min(LOW_RANK_COLUMNS, size - 1)
 
 
-def leading(
-    matrices: Sequence[Difference], rank: int, *, positive_only: bool, precision: float
-) -> list[Eigenpairs]:
+def leading(matrices: Sequence[Difference], rank: int, *, positive_only: bool, precision: float) -> list[Eigenpairs]:
     """The eigenvectors of the ``rank`` largest signed eigenvalues of each G, or of the positive ones among them.
 
-    All have one size; those that are formed are worked on together. ``precision`` is the rounding unit that the columns
-    were computed in: an eigenvalue counts as positive only where it stands out from the rounding noise of what was
-    added and subtracted to make it. Both come in float64. Each vector's entry of largest magnitude is positive. Which
-    route is taken depends on shapes and numbers, never on time.
+    All have one size, and an iteration works on all of them together. ``precision`` is the rounding unit that the
+    columns were computed in: an eigenvalue counts as positive only where it stands out from the rounding noise of what
+    was added and subtracted to make it. Both come in float64. Each vector's entry of largest magnitude is positive.
+    Which route is taken depends on shapes and numbers, never on time.
 
     Raises:
         BadTensor: a column holds NaN or infinity.
@@ -99,11 +91,10 @@ def leading(
     noises = [_noise(matrix, precision) for matrix in matrices]
     told = [k for k, noise in enumerate(noises) if wanted and not (positive_only and noise == 0)]
     floors = [noises[k] if positive_only else -math.inf for k in told]
-    pairs = dict(zip(told, _iterated([matrices[k] for k in told], wanted, floors, precision), strict=True))
-    return [
-        _chosen(matrix, pairs[k] or _complete(matrix), wanted, noises[k], positive_only) if k in pairs else _none(matrix)
-        for k, matrix in enumerate(matrices)
-    ]
+    found = [_none(matrix) for matrix in matrices]
+    for k, pairs in zip(told, _iterated([matrices[k] for k in told], wanted, floors, precision), strict=True):
+        found[k] = _chosen(matrices[k], pairs or _complete(matrices[k]), wanted, noises[k], positive_only)
+    return found
 
 
 def _chosen(matrix: Difference, pairs: Eigenpairs, wanted: int, noise: float, positive_only: bool) -> Eigenpairs:
@@ -143,35 +134,61 @@ def _iterated(
     paying = [k for k, matrix in enumerate(matrices) if _pays(matrix, wanted)]
     if not paying:
         return found
-    size = matrices[0].size
-    limit = min(max(KRYLOV_LIMIT, 16 * wanted), size // 2)
-    if size > FORMED_SIZE:
-        # Its many columns are read from memory, which costs the same for some rows more, that lead there sooner.
-        start = first_rows(matrices[0].like, wanted + 4)
-        for k in paying:
-            found[k] = _by_columns(matrices[k], start, wanted, 4 * precision, floors[k], limit)
-        return found
-    formed = torch.stack([matrices[k].formed() for k in paying])
-    iterated = krylov(
-        lambda rows, which: torch.bmm(rows, formed if len(which) == len(formed) else formed[which]),
-        first_rows(formed[0], wanted),
-        wanted,
+    chosen, size = [matrices[k] for k in paying], matrices[0].size
+    iterate = partial(
+        krylov,
+        wanted=wanted,
         tolerance=4 * precision,
         floors=[floors[k] for k in paying],
-        limit=limit,
+        limit=min(max(KRYLOV_LIMIT, 16 * wanted), size // 2),
     )
-    for k, pairs, matrix in zip(paying, iterated, formed, strict=True):
-        found[k] = pairs or _descending(matrix)
+    iterated = _by_columns(chosen, wanted, iterate) if size > FORMED_SIZE else _by_squares(chosen, wanted, iterate)
+    for k, pairs in zip(paying, iterated, strict=True):
+        found[k] = pairs
     return found
 
 
-def _by_columns(
-    matrix: Difference, start: Tensor, wanted: int, tolerance: float, floor: float, limit: int
-) -> Eigenpairs | None:
-    def times(rows: Tensor, which: Sequence[int]) -> Tensor:  # noqa: ARG001 (there is one matrix)
-        return matrix.times(rows[0])[None]
+def _by_columns(matrices: Sequence[Difference], wanted: int, iterate: Iterate) -> list[Eigenpairs | None]:
+    # Columns are read from memory, which costs the same for some rows more, that lead there sooner.
+    start = first_rows(matrices[0].like, wanted + 4)
+    return iterate(lambda rows, which: times([matrices[k] for k in which], rows), start)
 
-    return krylov(times, start, wanted, tolerance=tolerance, floors=[floor], limit=limit)[0]
+
+def _by_squares(matrices: Sequence[Difference], wanted: int, iterate: Iterate) -> list[Eigenpairs | None]:
+    formed = torch.stack([matrix.formed() for matrix in matrices])
+    iterated = iterate(lambda rows, which: _multiplied(formed, which, rows), first_rows(formed[0], wanted))
+    return [pairs or _descending(matrix) for pairs, matrix in zip(iterated, formed, strict=True)]
+
+
+def times(matrices: Sequence[Difference], rows: Tensor) -> Tensor:
+    """G times ``rows [m, b, out]`` for each of m matrices, without forming any.
+
+    Costs that several have in common are multiplied with the rows of all of them at once.
+    """
+    total = torch.zeros_like(rows)
+    for matrix, own, place in zip(matrices, rows, total, strict=True):
+        for block in matrix.gains:
+            place.add_(_squared(block, own))
+    sharing: dict[int, tuple[float, Tensor, list[int]]] = {}
+    for place, matrix in enumerate(matrices):
+        for block in matrix.costs:
+            sharing.setdefault(id(block), (matrix.balance, block, []))[2].append(place)
+    for balance, block, places in sharing.values():
+        theirs = rows[places]
+        total[places] -= balance * _squared(block, theirs.flatten(0, 1)).reshape(theirs.shape)
+    return total
+
+
+def _multiplied(formed: Tensor, which: Sequence[int], rows: Tensor) -> Tensor:
+    """``rows [m, b, out]`` times some of the symmetric matrices ``formed [n, out, out]``."""
+    if len(which) == len(formed):
+        return torch.bmm(rows, formed)
+    return torch.stack([own @ formed[k] for own, k in zip(rows, which, strict=True)])
+
+
+def _squared(block: Tensor, rows: Tensor) -> Tensor:
+    """Rows times C C^T, for columns C; the second product is quicker the other way around."""
+    return (block @ (rows @ block).T).T
 
 
 def _pays(matrix: Difference, wanted: int) -> bool:
