@@ -20,7 +20,7 @@ from service.contract.treatments import Role
 from workers.context import Context
 from workers.magnitudes import above
 from workers.merging import merge_by_pieces, merge_tensor
-from workers.methods import LOOKS
+from workers.methods import LOOKS, merge
 from workers.pieces import Pieces
 from workers.survey import survey
 from workers.tensors import NAMES
@@ -253,6 +253,16 @@ def test_a_survey_without_ties_needs_no_pass() -> None:
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_task_vectors_stay_as_they_were(method: dict[str, Any]) -> None:
+    base, *vectors = drawn(*SHAPE)
+    _, recipe = asked(method, base)
+    chosen = vectors[: len(recipe.tasks)]
+    context = Context("layer.weight", Role.LINEAR, False, base, TASKS[: len(chosen)], [None] * len(chosen))
+    merge(chosen, [1.0] * len(chosen), recipe.method.combining, context)
+    assert all(vector.equal(fresh) for vector, fresh in zip(vectors, drawn(*SHAPE)[1:], strict=True))
 
 
 def test_an_error_in_one_thread_comes_out() -> None:
