@@ -142,12 +142,12 @@ def test_pieces_and_threads_change_no_byte(method: dict[str, Any], dtype: torch.
     ],
 )
 def test_rows_come_from_every_layout(role: Role, shape: tuple[int, ...], layout: dict[str, Any]) -> None:
-    tensors = drawn(*shape)
-    whole = merged({"name": "della"}, tensors, 1 << 20, role, **layout)
+    tensors, method = drawn(*shape), {"name": "della", "density": 0.8}
+    whole = merged(method, tensors, 1 << 20, role, **layout)
     assert whole.shape == shape
     assert not whole.equal(tensors[0])
     for entries in (1, 41):
-        assert merged({"name": "della"}, tensors, entries, role, **layout).equal(whole)
+        assert merged(method, tensors, entries, role, **layout).equal(whole)
 
 
 @every_variant
