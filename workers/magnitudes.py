@@ -48,20 +48,21 @@ def above(sizes: Tensor, cut: Cut) -> Tensor:
     return kept
 
 
-def largest(vector: Tensor, cut: Cut) -> Tensor:
-    """``vector [n]`` with zeros where a cut of its magnitudes leaves nothing."""
-    kept = torch.hardshrink(vector, cut.value)  # one pass, where a mask takes three
-    if cut.tied:
-        places = _places(vector.abs() == cut.value)[: cut.tied]
-        kept[places] = vector[places]
+def largest(vector: Tensor, cut: Cut, out: Tensor | None = None) -> Tensor:
+    """``vector [n]`` with zeros where a cut of its magnitudes leaves nothing; in ``out``, which may be itself."""
+    places = _places(vector.abs() == cut.value)[: cut.tied] if cut.tied else None
+    tied = None if places is None else vector[places]
+    kept = torch.hardshrink(vector, cut.value, out=out)  # one pass, where a mask takes three
+    if places is not None and tied is not None:
+        kept[places] = tied
     return kept
 
 
-def largest_surveyed(vector: Tensor, cut: Cut) -> Tensor:
+def largest_surveyed(vector: Tensor, cut: Cut, out: Tensor | None = None) -> Tensor:
     """As ``largest``, for a cut that a survey found, which compares magnitudes in float32."""
     if vector.dtype == torch.float32:
-        return largest(vector, cut)
-    return vector * above(vector.abs().float(), cut)
+        return largest(vector, cut, out)
+    return torch.mul(vector, above(vector.abs().float(), cut), out=out)
 
 
 def kth_largest(sizes: Tensor, count: int) -> Tensor:

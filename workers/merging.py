@@ -21,7 +21,7 @@ from workers.finite import is_finite
 from workers.low_rank import LowRankVector, summed
 from workers.magnitudes import Cut
 from workers.methods import Context, heard_of, merge, merge_pieces, pieces_of
-from workers.pieces import ENTRIES
+from workers.pieces import ENTRIES, LOOKED_AT
 from workers.statistics import Statistic
 from workers.tensors import DTYPES
 from workers.treatments import Effect
@@ -233,11 +233,12 @@ def merge_by_pieces(
     *,
     base: Unread | None = None,
     are_experts: bool = True,
-    entries: int = ENTRIES,
+    entries: int | None = None,
 ) -> Tensor:
     """As ``merge_tensor``, about ``entries`` at a time: what fits into the cache is read from memory once.
 
-    ``sources`` are the experts, or else task vectors; ``base`` is given where it is unread. Raises BadTensor.
+    ``sources`` are the experts, or else task vectors; ``base`` is given where it is unread, and ``entries`` where they
+    are not to be as many as suit the method. Raises BadTensor.
     """
     method = (plan.method or recipe.method).combining
     heard = heard_of([task.weight for task in recipe.tasks])
@@ -246,6 +247,7 @@ def merge_by_pieces(
     if not heard or not merged.numel():
         return merged.copy_(context.base)
     refuse = partial(_refuse_non_finite, plan, recipe, tasks)
+    entries = entries or (ENTRIES if method.entrywise else LOOKED_AT)
     options = {"are_experts": are_experts, "base": base, "entries": entries, "device": device}
     check = refuse if method.drops else None
     doubtful = []
@@ -273,7 +275,8 @@ def _refuse_overflow(plan: TensorPlan, tensor: Tensor) -> None:
 def _refuse_non_finite(
     plan: TensorPlan, recipe: Recipe, tasks: Sequence[Task], start: Tensor, vectors: Sequence[Tensor]
 ) -> None:
-    together = sum(float(vector.sum()) for vector in vectors)
+    # A sum of squares takes half the time of a sum; where it overflows, a closer look finds nothing.
+    together = sum(float(torch.dot(flat, flat)) for flat in (vector.reshape(-1) for vector in vectors))
     if math.isfinite(together):
         return
     for task, vector in zip(tasks, vectors, strict=True):

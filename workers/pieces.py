@@ -16,8 +16,10 @@ from workers.context import Context
 from workers.threads import alone, one_thread
 from workers.unread import Landing, Unread
 
-ENTRIES = 1 << 19  # half a megabyte of each operand: calls cost little beside the work, and all stays cached
-SAMPLE = 1 << 15  # entries that are looked at to guess where to look
+ENTRIES = 1 << 19  # about a megabyte of each operand: calls cost little beside the work, and all stays cached
+LOOKED_AT = 1 << 18  # where each entry is looked at before it is merged, which takes more memory and more passes
+SAMPLE = 1 << 17  # entries at most that are looked at to guess where to look
+SAMPLED = 32  # one entry of so many
 RUN = 64  # of them lie side by side, so that few lines of memory are read
 STRIDED_ROWS = 16  # rows that don't lie in a row are read together, since memory gives them together
 
@@ -31,8 +33,8 @@ class Pieces:
 
     ``work`` gets the task vectors of a piece in float32 (float64 where the base is), and the parameter's ``context``
     with the base's piece as its ``base`` and the number of entries before it as its ``first``. Both lie in memory that
-    the next piece will use. Pieces are the same whatever the number of threads; on a GPU, which small pieces slow down,
-    there is one.
+    the next piece will use; the task vectors are the work's own, to be changed as it likes. Pieces are the same
+    whatever the number of threads; on a GPU, which small pieces slow down, there is one.
     """
 
     def __init__(
@@ -125,7 +127,7 @@ class Pieces:
 
     def sample(self, work: Work[R]) -> R:
         """What ``work`` returns for a piece ``[n]`` that is made of short runs from everywhere."""
-        runs = max(1, min(SAMPLE, self.entries // 16) // RUN)
+        runs = max(1, min(SAMPLE, self.entries // SAMPLED) // RUN)
         step = max(RUN, self.entries // runs) | 1  # odd, so that it does not keep to the same columns
         run = min(RUN, self.entries)
         flat = [tensor.reshape(-1) for tensor in self._whole if isinstance(tensor, Tensor)]
@@ -160,7 +162,7 @@ class Pieces:
     def _load(self, views: Sequence[Tensor | Unread], room: _Room) -> tuple[Tensor, list[Tensor]]:
         base, *others = views
         start = self._loaded(room.read(base), room.computed[0], is_lasting=isinstance(base, Tensor))
-        load = partial(self._difference, start) if self._are_experts else self._loaded
+        load = partial(self._difference, start) if self._are_experts else partial(self._loaded, is_lasting=False)
         # One after the other: what has been read is still in the cache, and its memory is there for the next.
         return start, [load(room.read(other), row) for other, row in zip(others, room.computed[1:], strict=True)]
 

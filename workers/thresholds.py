@@ -19,6 +19,7 @@ from workers.pieces import Pieces, Work
 # Standard deviations of a share among so many independent entries; neighbors are alike, so it must be ample. Where it
 # is not, that costs one more pass.
 MARGIN = 5.0
+COMMON = 1 / 512  # of a sample: a value that is rarer is not worth counting
 COARSE_BITS = 16
 
 Sizes = Work[Sequence[Tensor]]
@@ -46,7 +47,7 @@ class Threshold:
 
 def magnitudes(task_vectors: list[Tensor], context: Context) -> list[Tensor]:  # noqa: ARG001 (all sizes are asked alike)
     """The sizes of entries in most methods: |T_k|."""
-    return [task_vector.abs() for task_vector in task_vectors]
+    return [task_vector.abs_() for task_vector in task_vectors]
 
 
 def thresholds(pieces: Pieces, sizes: Sizes, counts: Sequence[Sequence[int]]) -> list[list[Threshold]]:
@@ -83,7 +84,7 @@ def surveyed(pieces: Pieces, cuts: Sequence[Sequence[Cut]]) -> list[list[Thresho
         return [[Threshold(cut.value, cut.value, 0, 0) for cut in row] for row in cuts]
 
     def equals(task_vectors: list[Tensor], context: Context) -> tuple[int, list[list[int]]]:
-        rows = [vector.abs().float().numpy() for vector in task_vectors]
+        rows = [vector.abs_().float().numpy() for vector in task_vectors]
         counts = [
             [_count(row == cut.value) if cut.tied else 0 for cut in wanted]
             for row, wanted in zip(rows, cuts, strict=True)
@@ -103,15 +104,19 @@ def surveyed(pieces: Pieces, cuts: Sequence[Sequence[Cut]]) -> list[list[Thresho
 
 @dataclass(frozen=True)
 class _Bracket:
-    """Two values, at or between which a threshold is looked for."""
+    """Two values, at or between which a threshold is looked for.
+
+    Where many entries may equal one of them, these are counted, else they are gathered with those between.
+    """
 
     least: float
     most: float
+    are_common: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """How many entries of a piece lie above a bracket and at both its ends, and those that lie ``inside``."""
+    """How many entries of a piece lie above a bracket and at its ends, and those ``inside`` that are not counted."""
 
     first: int
     above: int
@@ -156,7 +161,9 @@ def _bracket(ordered: np.ndarray, share: float) -> _Bracket:
     count = len(ordered)
     place, off = (1 - share) * count, MARGIN * math.sqrt(count * share * (1 - share)) + MARGIN
     low, high = math.floor(place - off), math.ceil(place + off)
-    return _Bracket(float(ordered[low]) if low >= 0 else 0.0, float(ordered[high]) if high < count else math.inf)
+    least, most = ordered[low] if low >= 0 else 0.0, ordered[high] if high < count else math.inf
+    firsts, lasts = (np.searchsorted(ordered, (least, most), side=side) for side in ("left", "right"))
+    return _Bracket(float(least), float(most), bool((lasts - firsts > count * COMMON).any()))
 
 
 def _scanned(
@@ -167,14 +174,17 @@ def _scanned(
 
 
 def _seen(sizes: np.ndarray, first: int, bracket: _Bracket) -> _Seen:
-    # Floats that are not negative are ordered as their bits are. What lies below the bracket wraps around, to more than
-    # any distance within it, so that one comparison serves both ends.
-    kind = np.uint32 if sizes.dtype == np.float32 else np.uint64
-    least, most = np.array([bracket.least, bracket.most], dtype=sizes.dtype).view(kind)
-    width = max(int(most) - int(least) - 1, 0)
-    inside = sizes[sizes.view(kind) - (least + kind(1)) < kind(width)]
-    at_least = _count(sizes == bracket.least) if least < most else 0
-    return _Seen(first, _count(sizes > bracket.most), _count(sizes == bracket.most), inside, at_least)
+    least, most = bracket.least, bracket.most
+    above, reached = sizes > most, sizes >= least
+    if least == most:
+        return _Seen(first, _count(above), _count(reached) - _count(above), sizes[:0], 0)
+    if not bracket.are_common:
+        return _Seen(first, _count(above), 0, _where(sizes, above ^ reached), 0)
+    from_most, beyond_least = sizes >= most, sizes > least
+    inside = _where(sizes, from_most ^ beyond_least)
+    return _Seen(
+        first, _count(above), _count(from_most) - _count(above), inside, _count(reached) - _count(beyond_least)
+    )
 
 
 def _selected(parts: Sequence[_Seen], count: int, bracket: _Bracket, dtype: torch.dtype) -> Threshold | _Bracket:
@@ -220,6 +230,11 @@ def _resolved(value: float, tied: int, firsts: Sequence[int], equal: Sequence[in
             return Threshold(value, lower, first, tied)
         tied -= there
     return Threshold(value, lower, firsts[-1] + 1, 0)
+
+
+def _where(sizes: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """``sizes[mask]``, which takes several times as long where many are chosen."""
+    return sizes[np.flatnonzero(mask)]
 
 
 def _count(mask: np.ndarray) -> int:

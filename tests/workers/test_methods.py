@@ -267,6 +267,13 @@ def test_ties_that_cancel_elect_no_sign() -> None:
     assert merged(task_vectors, [1.0, 1.0], Ties(scope="tensor"), Role.OTHER).tolist() == [0.0]
 
 
+@pytest.mark.parametrize("weight", [0.3, 0.7, 1.1])
+def test_ties_that_cancel_elect_no_sign_whatever_their_weight(weight: float) -> None:
+    vector = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    context = context_of([vector] * 2, Role.OTHER, "ab")
+    assert not merge([vector, -vector], [weight, weight], Ties(scope="tensor", density=1.0), context).any()
+
+
 def test_ties_among_equals_keeps_the_lower_index() -> None:
     only = as_task_vectors([1.0, -1.0, 2.0, 1.0, -1.0])
     kept = merged(only, [1.0], Ties(density=0.6, scope="tensor"), Role.OTHER)

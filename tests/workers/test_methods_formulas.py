@@ -37,7 +37,7 @@ from service.contract.methods import (
     Wudi,
 )
 from service.contract.treatments import Role
-from workers.draws import BLOCK, draws
+from workers.draws import BLOCK, drawn_mask, key_of, lower_bytes, upper_bytes
 from workers.methods import Context, merge
 from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares
 
@@ -124,7 +124,11 @@ def breadcrumbs(T: list[Matrix], w: list[float], p: Breadcrumbs, c: Context) -> 
 
 def numbers(count: int, c: Context, task: str) -> Matrix:
     """The draws as fractions of 1; that they are random is tested apart."""
-    return np.concatenate([block for _, block in draws(count, c.seed, c.parameter, task)]) / 65536
+    return draws(count, key_of(c.seed, c.parameter, task)) / 65536
+
+
+def draws(count: int, key: bytes, first: int = 0) -> Matrix:
+    return upper_bytes(count, key, first) * 256.0 + lower_bytes(np.arange(first, first + count), key)
 
 
 def rescaled(before: Matrix, after: Matrix, how: str, chances: Any) -> Matrix:
@@ -437,24 +441,31 @@ def test_shrinkage_without_statistics_relies_on_task_vectors() -> None:
     torch.testing.assert_close(alone, merge(task_vectors, WEIGHTS, Shrinkage(proxy=1.0), context_of()))
 
 
+KEY = key_of(1, "a", "b")
+
+
 def test_draws_are_uniform_and_blocks_are_their_own() -> None:
-    blocks = [block for _, block in draws(2 * BLOCK + 5, 1, "a", "b")]
-    assert [len(block) for block in blocks] == [BLOCK, BLOCK, 5]
-    assert not np.array_equal(blocks[0], blocks[1])
-    counts = np.bincount(blocks[0] >> 8, minlength=256)
-    chi_squared = ((counts - BLOCK / 256) ** 2 / (BLOCK / 256)).sum()
-    assert 160 < chi_squared < 360  # 255 degrees of freedom; the numbers are the same every time
-    (first,) = [block for _, block in draws(100, 1, "a", "b")]
-    assert np.array_equal(first, blocks[0][:100])
+    drawn = draws(2 * BLOCK, KEY)
+    assert not np.array_equal(drawn[:BLOCK], drawn[BLOCK:])
+    for digits in (drawn[:BLOCK] // 256, drawn[:BLOCK] % 256):
+        counts = np.bincount(digits.astype(int), minlength=256)
+        chi_squared = ((counts - BLOCK / 256) ** 2 / (BLOCK / 256)).sum()
+        assert 160 < chi_squared < 360  # 255 degrees of freedom; the numbers are the same every time
+    upper, lower = divmod(drawn[:BLOCK], 256)
+    assert abs(np.corrcoef(upper, lower)[0, 1]) < 4 / BLOCK**0.5
+    assert not np.array_equal(drawn, draws(2 * BLOCK, key_of(2, "a", "b")))
 
 
-@pytest.mark.parametrize("first", [1, 16, 100, BLOCK - 3, BLOCK, BLOCK + 17])
+@pytest.mark.parametrize("first", [1, 32, 100, BLOCK - 3, BLOCK, BLOCK + 17])
 def test_draws_can_begin_anywhere(first: int) -> None:
-    whole = np.concatenate([block for _, block in draws(2 * BLOCK, 1, "a", "b")])
-    piece = np.empty(BLOCK, dtype=np.uint16)[: 2 * BLOCK - first]
-    for place, block in draws(len(piece), 1, "a", "b", first):
-        piece[place] = block
-    assert np.array_equal(piece, whole[first : first + len(piece)])
+    whole = draws(2 * BLOCK, KEY)
+    count = min(BLOCK, 2 * BLOCK - first)
+    assert np.array_equal(draws(count, KEY, first), whole[first : first + count])
+    limits = np.array([1, 255, 256, 257, 30_000, 65_535, 65_536])
+    rows = whole[first : first + 700].reshape(100, 7)
+    assert np.array_equal(drawn_mask((100, 7), limits, KEY, first), rows < limits)
+    for limit in limits:
+        assert np.array_equal(drawn_mask((700,), limit, KEY, first), whole[first : first + 700] < limit)
 
 
 def test_dare_keeps_the_expectation() -> None:

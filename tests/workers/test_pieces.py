@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from service.contract.treatments import Role
 from workers.context import Context
 from workers.magnitudes import above
 from workers.merging import merge_by_pieces, merge_tensor
-from workers.methods import LOOKS
+from workers.methods import LOOKS, merge
 from workers.pieces import Pieces
 from workers.survey import survey
 from workers.tensors import NAMES
@@ -68,6 +69,11 @@ def drawn(*shape: int, count: int = 4, step: float = 0.0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     found = [torch.randn(shape, generator=generator) for _ in range(count)]
     return [(t / step).round() * step for t in found] if step else found
+
+
+def changes(whole: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
+    """Task vectors as a survey sees them."""
+    return [(name, torch.zeros_like(tensor), tensor) for name, tensor in whole.items()]
 
 
 def asked(method: dict[str, Any], base: Tensor, role: Role = Role.LINEAR, **layout: Any) -> tuple[TensorPlan, Recipe]:
@@ -136,12 +142,12 @@ def test_pieces_and_threads_change_no_byte(method: dict[str, Any], dtype: torch.
     ],
 )
 def test_rows_come_from_every_layout(role: Role, shape: tuple[int, ...], layout: dict[str, Any]) -> None:
-    tensors = drawn(*shape)
-    whole = merged({"name": "della"}, tensors, 1 << 20, role, **layout)
+    tensors, method = drawn(*shape), {"name": "della", "density": 0.8}
+    whole = merged(method, tensors, 1 << 20, role, **layout)
     assert whole.shape == shape
     assert not whole.equal(tensors[0])
     for entries in (1, 41):
-        assert merged({"name": "della"}, tensors, entries, role, **layout).equal(whole)
+        assert merged(method, tensors, entries, role, **layout).equal(whole)
 
 
 @every_variant
@@ -166,7 +172,7 @@ def test_cuts_of_the_whole_vector_go_through_pieces(method: dict[str, Any], dtyp
     plan, recipe = asked(method, base)
     vectors = [expert - base for expert in experts]
     named = [{"other": vector.T, "layer.weight": vector} for vector in vectors]
-    found = [survey(each.items, recipe.method.surveys) for each in named]
+    found = [survey(partial(changes, each), recipe.method.surveys) for each in named]
     cuts = [[cut.of("layer.weight") for cut in task] for task in found]
     assert any(cut.tied for task in cuts for cut in task)
     context = Context(plan.name, plan.role, False, base, TASKS, [None] * 3, cuts=cuts)
@@ -246,13 +252,23 @@ def test_several_thresholds_of_several_rows_take_the_same_passes() -> None:
 
 def test_a_survey_without_ties_needs_no_pass() -> None:
     values = torch.arange(1.0, 101)
-    (whole,) = survey(lambda: iter({"layer.weight": values}.items()), [0.0])
+    (whole,) = survey(lambda: changes({"layer.weight": values}), [0.0])
     with Pieces(whole_of(values), [values], are_experts=False, entries=10) as pieces:
         ((threshold,),) = surveyed(pieces, [[whole.of("layer.weight")]])
     assert not above(values, threshold.within(0)).any()
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
+
+
+@every_variant
+def test_task_vectors_stay_as_they_were(method: dict[str, Any]) -> None:
+    base, *vectors = drawn(*SHAPE)
+    _, recipe = asked(method, base)
+    chosen = vectors[: len(recipe.tasks)]
+    context = Context("layer.weight", Role.LINEAR, False, base, TASKS[: len(chosen)], [None] * len(chosen))
+    merge(chosen, [1.0] * len(chosen), recipe.method.combining, context)
+    assert all(vector.equal(fresh) for vector, fresh in zip(vectors, drawn(*SHAPE)[1:], strict=True))
 
 
 def test_an_error_in_one_thread_comes_out() -> None:

@@ -30,8 +30,7 @@ def look(pieces: Pieces, weights: Sequence[float], params: Breadcrumbs) -> list[
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Breadcrumbs, context: Context) -> Tensor:
     """scaling times the combination of masked task vectors: Model Breadcrumbs (arXiv:2312.06795). Any shape."""
     keep = largest_surveyed if params.surveys else largest
-    crumbs = []
     for task_vector, (outer, inner) in zip(task_vectors, context.facts, strict=True):
-        kept = keep(task_vector, outer.within(context.first))
-        crumbs.append(kept.sub_(keep(task_vector, inner.within(context.first))))  # an entry less itself is 0
-    return combine(crumbs, weights, params.combine, scaling=params.scaling)
+        outliers = keep(task_vector, inner.within(context.first))
+        keep(task_vector, outer.within(context.first), out=task_vector).sub_(outliers)  # an entry less itself is 0
+    return combine(task_vectors, weights, params.combine, scaling=params.scaling)

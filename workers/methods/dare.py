@@ -11,7 +11,7 @@ from torch import Tensor
 from service.contract.methods import Dare
 from workers.combining import combine, l1_ratios
 from workers.context import Context
-from workers.draws import STEPS, drawn_mask, steps_of
+from workers.draws import STEPS, drawn_mask, key_of, steps_of
 from workers.pieces import Pieces
 
 
@@ -36,7 +36,12 @@ def _thinned(task_vectors: Sequence[Tensor], params: Dare, context: Context) -> 
     return [
         _masked(
             task_vector,
-            drawn_mask(task_vector.numel(), params.density, context.seed, context.parameter, task, context.first),
+            drawn_mask(
+                task_vector.shape,
+                steps_of(params.density),
+                key_of(context.seed, context.parameter, task),
+                context.first,
+            ),
         )
         for task_vector, task in zip(task_vectors, context.tasks, strict=True)
     ]
@@ -44,5 +49,7 @@ def _thinned(task_vectors: Sequence[Tensor], params: Dare, context: Context) -> 
 
 def _masked(task_vector: Tensor, mask: np.ndarray) -> Tensor:
     if task_vector.device.type == "cpu":  # numpy multiplies with a mask in a third of torch's time
-        return torch.from_numpy(np.multiply(task_vector.numpy(), mask.reshape(task_vector.shape)))
-    return task_vector * torch.from_numpy(mask).to(task_vector.device).view(task_vector.shape)
+        entries = task_vector.numpy()
+        np.multiply(entries, mask, out=entries)
+        return task_vector
+    return task_vector.mul_(torch.from_numpy(mask).to(task_vector.device))

@@ -34,7 +34,7 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Ties
     """
     keep = largest_surveyed if params.surveys else largest
     trimmed = [
-        keep(task_vector, threshold.within(context.first))
+        keep(task_vector, threshold.within(context.first), out=task_vector)
         for task_vector, (threshold,) in zip(task_vectors, context.facts, strict=True)
     ]
     return agreed_mean(trimmed, weights, scaling=params.scaling)

@@ -90,8 +90,8 @@ def survey_task(work: Work, plan: Plan, task: Task, reader: TensorReader) -> str
     return address
 
 
-def _task_vector(work: Work, plan: Plan, task: Task, reader: TensorReader) -> Iterator[tuple[str, Tensor]]:
-    """The task vector's tensors by name, in the order of the plan, a batch of them in memory."""
+def _task_vector(work: Work, plan: Plan, task: Task, reader: TensorReader) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each merged tensor's name, the base's and the task's, in the order of the plan, a batch of them in memory."""
     base = reader.open(work.recipe.base, plan.inputs["base"])
     checkpoint = reader.open(task.checkpoint, plan.inputs[f"task:{task.name}"], base)
     merged = [tensor for shard in plan.shards for tensor in shard.tensors if tensor.source == "merged"]
@@ -99,8 +99,7 @@ def _task_vector(work: Work, plan: Plan, task: Task, reader: TensorReader) -> It
         before, after = reader.start(base, names), reader.start(checkpoint, names)
         start, tuned = before.wait(), after.wait()
         for name in names:
-            compute = torch.promote_types(start[name].dtype, torch.float32)
-            yield name, tuned[name].to(work.device, compute) - start[name].to(work.device, compute)
+            yield name, start[name], tuned[name]
         work.watch.step(bytes_read=sum(start[name].nbytes + tuned[name].nbytes for name in names))
 
 
