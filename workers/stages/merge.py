@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from service.contract import artifacts
@@ -17,6 +18,7 @@ from service.stores.objects import failures
 from workers.baselines import as_asked
 from workers.chosen import as_chosen
 from workers.conflict import Conflict
+from workers.crew import Crew
 from workers.machine import allow_tf32
 from workers.merging import Merged, merge_tensor, merge_unread
 from workers.sources import Found, Group, Sources
@@ -44,10 +46,14 @@ def merge_shard(work: Work, plan: Plan) -> Done:
     removed: dict[str, Tensor] = {}
     conflict = Conflict.none(len(work.recipe.tasks))
     header = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
-    with TensorReader(work.objects) as reader, TensorWriter(work.objects, plan.prefix, shard.file, header) as writer:
+    with (
+        TensorReader(work.objects) as reader,
+        TensorWriter(work.objects, plan.prefix, shard.file, header) as writer,
+        Crew(torch.get_num_threads()) as crew,
+    ):
         sources = Sources.open(work, plan, reader)
         # A map holds on to nothing that was read for the tensor before.
-        for group, tensor, merged in map(partial(_merge, work, sources), sources.read(work, shard)):
+        for group, tensor, merged in map(partial(_merge, work, sources, crew), sources.read(work, shard)):
             if group.entries is None:
                 writer.add(tensor.name, merged.tensor)
             else:
@@ -70,7 +76,7 @@ def merge_shard(work: Work, plan: Plan) -> Done:
     return Done(output=output, warnings=kept(rows))
 
 
-def _merge(work: Work, sources: Sources, found: Found) -> tuple[Group, TensorPlan, Merged]:
+def _merge(work: Work, sources: Sources, crew: Crew, found: Found) -> tuple[Group, TensorPlan, Merged]:
     """A tensor, or some of its entries, merged or copied."""
     tensor, group = found.plan, found.group
     if tensor.source == "base":
@@ -78,9 +84,9 @@ def _merge(work: Work, sources: Sources, found: Found) -> tuple[Group, TensorPla
     cuts, first = sources.cuts(tensor), group.first
     if found.unread:
         with failures():
-            return group, tensor, merge_unread(tensor, work.recipe, found.unread, cuts, first)
+            return group, tensor, merge_unread(tensor, work.recipe, found.unread, cuts, first, crew)
     merged = merge_tensor(
-        tensor, work.recipe, found.base, found.experts, found.statistics, work.device, cuts, first=first
+        tensor, work.recipe, found.base, found.experts, found.statistics, work.device, cuts, first, crew
     )
     return group, tensor, merged
 
