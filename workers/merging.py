@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 
 from service.contract.errors import BadTensor
+from service.contract.methods import Method
 from service.contract.notices import Notice
 from service.contract.plan import TensorPlan
 from service.contract.recipe import Recipe, Task
 from workers.angles import gram
 from workers.conflict import Conflict, Matrix
+from workers.crew import Crew
 from workers.finite import is_finite
 from workers.low_rank import LowRankVector, summed
 from workers.magnitudes import Cut
 from workers.methods import Context, heard_of, merge, merge_pieces, pieces_of
-from workers.pieces import ENTRIES, LOOKED_AT
+from workers.pieces import ENTRIES, LOOKED_AT, SUM_ENTRIES
 from workers.statistics import Statistic
 from workers.tensors import DTYPES
 from workers.treatments import Effect
@@ -60,6 +62,7 @@ def merge_tensor(
     device: str,
     cuts: Sequence[Sequence[Cut]] = (),
     first: int = 0,
+    crew: Crew | None = None,
 ) -> Merged:
     """W0 + the method's update of the trimmed task vectors, in float32 (float64 where the base is), rounded once.
 
@@ -75,14 +78,19 @@ def merge_tensor(
     context = _context(plan, recipe, base, statistics, cuts, first)
     whole = [expert for expert in experts if isinstance(expert, Tensor)]
     if len(whole) < len(experts):
-        return _merge_adapters(plan, recipe, context, experts, device)
+        return _merge_adapters(plan, recipe, context, experts, device, crew)
     if recipe.method.trims or method.pieces == "none":
         return _merge_whole(plan, recipe, context, _differences(context.base, whole, device), device)
-    return Merged(merge_by_pieces(plan, recipe, context, whole, device), [], {})
+    return Merged(merge_by_pieces(plan, recipe, context, whole, device, crew=crew), [], {})
 
 
 def merge_unread(
-    plan: TensorPlan, recipe: Recipe, unread: Sequence[Unread], cuts: Sequence[Sequence[Cut]] = (), first: int = 0
+    plan: TensorPlan,
+    recipe: Recipe,
+    unread: Sequence[Unread],
+    cuts: Sequence[Sequence[Cut]] = (),
+    first: int = 0,
+    crew: Crew | None = None,
 ) -> Merged:
     """As ``merge_tensor`` on the CPU where the method ``is_entrywise``: the base's entries and every expert's, unread.
 
@@ -92,7 +100,7 @@ def merge_unread(
     base, *experts = unread
     nothing = torch.zeros((), dtype=base.dtype).expand(base.shape)
     context = _context(plan, recipe, nothing, [None] * len(experts), cuts, first)
-    return Merged(merge_by_pieces(plan, recipe, context, experts, "cpu", base=base), [], {})
+    return Merged(merge_by_pieces(plan, recipe, context, experts, "cpu", base=base, crew=crew), [], {})
 
 
 def is_entrywise(plan: TensorPlan, recipe: Recipe) -> bool:
@@ -123,7 +131,12 @@ def _context(
 
 
 def _merge_adapters(
-    plan: TensorPlan, recipe: Recipe, context: Context, experts: Sequence[Tensor | LowRankVector], device: str
+    plan: TensorPlan,
+    recipe: Recipe,
+    context: Context,
+    experts: Sequence[Tensor | LowRankVector],
+    device: str,
+    crew: Crew | None,
 ) -> Merged:
     """Where adapters add to the base: a weighted sum takes one product for all, and any other method their products."""
     method = plan.method or recipe.method
@@ -133,7 +146,7 @@ def _merge_adapters(
     vectors = _differences(context.base, experts, device)
     if recipe.method.trims or method.pieces == "none":
         return _merge_whole(plan, recipe, context, vectors, device)
-    return Merged(merge_by_pieces(plan, recipe, context, vectors, device, are_experts=False), [], {})
+    return Merged(merge_by_pieces(plan, recipe, context, vectors, device, are_experts=False, crew=crew), [], {})
 
 
 def _sum_adapters(
@@ -234,21 +247,24 @@ def merge_by_pieces(
     base: Unread | None = None,
     are_experts: bool = True,
     entries: int | None = None,
+    crew: Crew | None = None,
 ) -> Tensor:
-    """As ``merge_tensor``, about ``entries`` at a time: what fits into the cache is read from memory once.
+    """As ``merge_tensor``, ``entries`` at a time, or as many as are best: all that is worked on stays in the cache.
 
-    ``sources`` are the experts, or else task vectors; ``base`` is given where it is unread, and ``entries`` where they
-    are not to be as many as suit the method. Raises BadTensor.
+    ``sources`` are the experts, or else task vectors; ``base`` is given where it is unread, ``crew`` where one is at
+    work, and ``entries`` where they are not to be as many as suit the method. Raises BadTensor.
     """
     method = (plan.method or recipe.method).combining
     heard = heard_of([task.weight for task in recipe.tasks])
     tasks = [recipe.tasks[k] for k in heard]
-    merged = torch.empty(context.base.shape, dtype=DTYPES[plan.dtype])
+    shape, dtype = context.base.shape, DTYPES[plan.dtype]
+    merged = torch.empty(shape, dtype=dtype) if crew is None else crew.result(shape, dtype)
     if not heard or not merged.numel():
         return merged.copy_(context.base)
     refuse = partial(_refuse_non_finite, plan, recipe, tasks)
-    entries = entries or (ENTRIES if method.entrywise else LOOKED_AT)
-    options = {"are_experts": are_experts, "base": base, "entries": entries, "device": device}
+    weights = [task.weight for task in tasks]
+    at_once = entries or _entries_at_once(method, weights)
+    options = {"are_experts": are_experts, "base": base, "entries": at_once, "device": device, "crew": crew}
     check = refuse if method.drops else None
     doubtful = []
     with pieces_of(method, context.of(heard), [sources[k] for k in heard], check=check, **options) as pieces:
@@ -260,11 +276,17 @@ def merge_by_pieces(
             if not is_within(total, merged.dtype):
                 doubtful.append(piece.first)
 
-        merge_pieces(pieces, [task.weight for task in tasks], method, round_once)
+        merge_pieces(pieces, weights, method, round_once)
         if doubtful:
             pieces.map(lambda vectors, piece: refuse(piece.base, vectors))
             _refuse_overflow(plan, merged)
     return merged
+
+
+def _entries_at_once(method: Method, weights: Sequence[float]) -> int:
+    if method.sum_weights(weights) is not None:
+        return SUM_ENTRIES
+    return ENTRIES if method.entrywise else LOOKED_AT
 
 
 def _refuse_overflow(plan: TensorPlan, tensor: Tensor) -> None:
@@ -292,5 +314,8 @@ def _refuse_non_finite(
 
 def is_within(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether all of a tensor, not empty, is surely finite in another type; False asks for a closer look."""
-    least, most = tensor.aminmax()
-    return bool(torch.maximum(-least, most) < torch.finfo(dtype).max)
+    flat, limit = tensor.reshape(-1), torch.finfo(dtype).max
+    if float(torch.dot(flat, flat)) < limit * limit:  # no entry is larger than the root; takes a quarter of the time
+        return True
+    least, most = flat.aminmax()
+    return bool(torch.maximum(-least, most) < limit)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -13,11 +11,13 @@ import torch
 from torch import Tensor
 
 from workers.context import Context
-from workers.threads import alone, one_thread
-from workers.unread import Landing, Unread
+from workers.crew import Crew, Room
+from workers.threads import one_thread
+from workers.unread import Unread
 
 ENTRIES = 1 << 19  # about a megabyte of each operand: calls cost little beside the work, and all stays cached
 LOOKED_AT = 1 << 18  # where each entry is looked at before it is merged, which takes more memory and more passes
+SUM_ENTRIES = 1 << 16  # of a sum, whose operands then stay where a core is fastest
 SAMPLE = 1 << 17  # entries at most that are looked at to guess where to look
 SAMPLED = 32  # one entry of so many
 RUN = 64  # of them lie side by side, so that few lines of memory are read
@@ -48,12 +48,14 @@ class Pieces:
         entries: int = ENTRIES,
         device: str | torch.device = "cpu",
         check: Check | None = None,
+        crew: Crew | None = None,
     ) -> None:
         """``context.base`` and ``sources`` hold the whole parameter; the base is taken off where ``are_experts``.
 
         Where all of them are unread, so is the ``base``, and of ``context.base`` nothing but shape and type is used.
         Such are read when it is their turn, and can't be sampled or cut into rows; what their files raise comes out.
-        ``check`` sees every piece once, the first time that it is read.
+        ``check`` sees every piece once, the first time that it is read. ``crew`` does the work; without one there is
+        a crew for this parameter.
         """
         self.context, self.entries = context, context.base.numel()
         self._device, self._are_experts, self._check = torch.device(device), are_experts, check
@@ -65,21 +67,16 @@ class Pieces:
         self.firsts = [context.first]
         for piece, *_ in self._views[:-1]:
             self.firsts.append(self.firsts[-1] + piece.numel())
-        self._room = max((piece.numel() for piece, *_ in self._views), default=0)
-        self._threads = min(torch.get_num_threads(), len(self._views))
-        self._rooms: list[_Room] = []
-        self._pool: ThreadPoolExecutor | None = None
+        self._crew, self._is_own_crew = crew or Crew(torch.get_num_threads()), crew is None
 
     def __enter__(self) -> Self:
-        if self._threads > 1:
-            self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="merge")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._is_own_crew:
+            self._crew.__exit__(kind, error, trace)
 
     def __len__(self) -> int:
         return len(self._views)
@@ -111,19 +108,35 @@ class Pieces:
         """
         known = replace(self.context, facts=facts)
         found: list[R | None] = [None] * len(self)
-        queue = iter(range(len(self)))
 
-        def work_off(thread: int) -> None:
-            room = self._rooms[thread]
-            for index in queue:
-                start, vectors = self._load(self._views[index], room)
-                if self._check is not None:
-                    self._check(start, vectors)
-                found[index] = work(vectors, replace(known, base=start, first=self.firsts[index]))
+        def one(index: int, room: Room) -> None:
+            start, vectors = self._load(self._views[index], room)
+            if self._check is not None:
+                self._check(start, vectors)
+            found[index] = work(vectors, replace(known, base=start, first=self.firsts[index]))
 
-        self._share_out(work_off)
+        self._share_out(one, threads=len(self))
         self._check = None
         return found  # type: ignore[return-value] # every place has been filled, or an error been raised
+
+    def add_up(self, factors: Sequence[float], take: Callable[[Tensor, Context], object]) -> None:
+        """Give ``take`` the sum of factor_k * T_k of each piece, in the order of the tasks, and the piece's context.
+
+        A task vector is added as soon as it is there, so that all that is worked on stays cached however many there
+        are. ``take`` may change the sum. The caller does it alone: torch adds so fast that a second thread would wait
+        for the interpreter most of the time, and the first one for it.
+        """
+
+        def one(index: int, room: Room) -> None:
+            base, *others = self._views[index]
+            kept, row, total = room.rows(3, base.numel(), self._compute, self._device)
+            start = self._start(base, room, kept)
+            total.zero_()
+            for other, factor in zip(others, factors, strict=True):
+                total.add_(self._vector(room.read(other), start, row), alpha=factor)
+            take(total, replace(self.context, base=start, first=self.firsts[index]))
+
+        self._share_out(one, threads=1)
 
     def sample(self, work: Work[R]) -> R:
         """What ``work`` returns for a piece ``[n]`` that is made of short runs from everywhere."""
@@ -134,59 +147,40 @@ class Pieces:
         views = [
             each.as_strided((max(1, self.entries // step), run), (step, 1), each.storage_offset()) for each in flat
         ]
-        room = self._make_room(views[0].numel())
         with one_thread():
-            start, vectors = self._load([view.flatten() for view in views], room)
+            start, vectors = self._load([view.flatten() for view in views], self._crew.room)
             return work(vectors, replace(self.context, base=start))
 
-    def _share_out(self, work_off: Callable[[int], None]) -> None:
-        while len(self._rooms) < self._threads:
-            self._rooms.append(self._make_room(self._room))
-        with one_thread():
-            pool = self._pool
-            started = (
-                [] if pool is None else [pool.submit(alone(work_off), thread) for thread in range(1, self._threads)]
-            )
-            try:
-                work_off(0)
-            finally:
-                errors = [error for each in started if (error := each.exception()) is not None]
-            if errors:
-                raise errors[0]
+    def _share_out(self, one: Callable[[int, Room], None], threads: int) -> None:
+        queue = iter(range(len(self)))
 
-    def _make_room(self, entries: int) -> _Room:
-        computed = torch.empty(len(self._whole), entries, dtype=self._compute, device=self._device)
-        wide = max((whole.dtype.itemsize for whole in self._whole if isinstance(whole, Unread)), default=0)
-        return _Room(computed, Landing(torch.empty(wide * entries, dtype=torch.uint8)))
+        def work_off(room: Room) -> None:
+            for index in queue:
+                one(index, room)
 
-    def _load(self, views: Sequence[Tensor | Unread], room: _Room) -> tuple[Tensor, list[Tensor]]:
-        base, *others = views
-        start = self._loaded(room.read(base), room.computed[0], is_lasting=isinstance(base, Tensor))
-        load = partial(self._difference, start) if self._are_experts else partial(self._loaded, is_lasting=False)
+        self._crew.share_out(work_off, threads)
+
+    def _load(self, views: Sequence[Tensor | Unread], room: Room) -> tuple[Tensor, list[Tensor]]:
+        (base, *others), shape = views, views[0].shape
+        kept, *rows = (row.view(shape) for row in room.rows(len(views), base.numel(), self._compute, self._device))
+        start = self._start(base, room, kept)
         # One after the other: what has been read is still in the cache, and its memory is there for the next.
-        return start, [load(room.read(other), row) for other, row in zip(others, room.computed[1:], strict=True)]
+        return start, [self._vector(room.read(other), start, row) for other, row in zip(others, rows, strict=True)]
 
-    def _loaded(self, view: Tensor, row: Tensor, *, is_lasting: bool = True) -> Tensor:
-        if is_lasting and view.dtype is self._compute and view.device == self._device and view.is_contiguous():
-            return view
-        return row[: view.numel()].view(view.shape).copy_(view)
+    def _start(self, base: Tensor | Unread, room: Room, row: Tensor) -> Tensor:
+        return self._computed(base, row) if isinstance(base, Tensor) else row.copy_(room.read(base))
 
-    def _difference(self, start: Tensor, view: Tensor, row: Tensor) -> Tensor:
-        place = row[: view.numel()].view(view.shape)
+    def _vector(self, view: Tensor, start: Tensor, row: Tensor) -> Tensor:
+        """A piece of a task vector in the memory of ``row``, where methods may change it."""
+        if not self._are_experts:
+            return row.copy_(view)
         if view.dtype is self._compute and view.device == self._device:
-            return torch.sub(view, start, out=place)
-        return place.copy_(view).sub_(start)  # faster than a subtraction of two types
+            return torch.sub(view, start, out=row)
+        return row.copy_(view).sub_(start)  # faster than a subtraction of two types
 
-
-@dataclass(frozen=True, eq=False)
-class _Room:
-    """A thread's memory for one piece: of every operand as it is computed with, and of one as it lies in its file."""
-
-    computed: Tensor
-    landing: Landing
-
-    def read(self, view: Tensor | Unread) -> Tensor:
-        return self.landing.read(view) if isinstance(view, Unread) else view
+    def _computed(self, view: Tensor, row: Tensor) -> Tensor:
+        is_so = view.dtype is self._compute and view.device == self._device and view.is_contiguous()
+        return view if is_so else row.copy_(view)
 
 
 def _rows(tensor: Tensor, context: Context, size: int) -> list[Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import islice
 from typing import Any
 
 import torch
@@ -133,11 +133,13 @@ class Sources:
 
     def read(self, work: Work, shard: ShardPlan) -> Iterator[Found]:
         """What was found of each of the shard's tensors, or of some of its entries, while what follows is read."""
-        for is_unread, groups in groupby(self.groups(work.recipe, shard), lambda group: group.is_unread):
-            if is_unread:
-                yield from map(self._unread, groups)
+        groups = list(self.groups(work.recipe, shard))
+        read = self._read(work, [group for group in groups if not group.is_unread])
+        for group in groups:
+            if group.is_unread:
+                yield self._unread(group)
             else:
-                yield from self._read(work, list(groups))
+                yield from islice(read, len(group.tensors))
 
     def _unread(self, group: Group) -> Found:
         (tensor,), entries = group.tensors, group.entries or slice(0, 0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from workers.buffers import bytes_of
 
 
 class File(Protocol):
@@ -43,15 +45,23 @@ class Unread(NamedTuple):
 
 
 class Landing:
-    """Memory ``[size]`` uint8 that entries are read into, over and over."""
+    """Memory that entries are read into, over and over."""
 
-    def __init__(self, memory: Tensor) -> None:
-        array: Any = memory.numpy()
-        self._memory, self._bytes = memory, memoryview(array)
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._entries, self._bytes = self._memory, bytes_of(self._memory)
+        self._asked = (0, torch.uint8)
 
     def read(self, entries: Unread) -> Tensor:
         """The entries ``[n]``, until the next are read. Raises what the file raises."""
-        file, start, dtype, _ = entries
-        size = entries.numel() * dtype.itemsize
-        file.read(start, self._bytes[:size])
-        return self._memory[:size].view(dtype)
+        asked = (entries.numel(), entries.dtype)
+        if asked != self._asked:  # most are like those before
+            self._make_room(*asked)
+        entries.file.read(entries.start, self._bytes)
+        return self._entries
+
+    def _make_room(self, count: int, dtype: torch.dtype) -> None:
+        self._asked, size = (count, dtype), count * dtype.itemsize
+        if len(self._memory) < size:
+            self._memory = torch.empty(size, dtype=torch.uint8)
+        self._entries, self._bytes = self._memory[:size].view(dtype), bytes_of(self._memory[:size])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from service.contract.settings import Connections
 from service.contract.workers import InputCache
 from service.stores.base import (
+    Bookmark,
     NearObject,
     ObjectChanged,
     ObjectInfo,
@@ -105,8 +106,10 @@ class CachedStore:
                 return CachedObject(self, self._blocks, identity)
         return self._store.near(address, etag)
 
-    def write(self, address: str, *, media_type: str = "application/octet-stream") -> ObjectWriter:
-        return self._store.write(address, media_type=media_type)
+    def write(
+        self, address: str, *, media_type: str = "application/octet-stream", bookmark: Bookmark | None = None
+    ) -> ObjectWriter:
+        return self._store.write(address, media_type=media_type, bookmark=bookmark)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         return self._store.list(prefix)

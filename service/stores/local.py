@@ -23,12 +23,13 @@ from service.stores.base import (
     ObjectInfo,
     ObjectMissing,
     StoreDown,
+    StoreError,
     Unfinished,
     parse_address,
 )
 
 STAGING = ".catmerge-staging-"  # objects being written, beside their place so that renaming is atomic; never listed
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 64 << 10  # small writes are gathered; what is larger goes to the system without another copy
 FLUSH_BYTES = 32 << 20  # written between two requests to bring what there is to the disk
 STAGING_ATTEMPTS = 20
 READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # the path is resolved; a pipe must not block
@@ -170,9 +171,13 @@ class LocalObject:
             os.posix_fadvise(self._file, start, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, start: int, into: memoryview) -> None:
-        with _errors(self._address):
+        try:  # not ``_errors``: a context takes as long as all that is not reading here
             _fill(self._file, start, into, self._address)
-            _refuse_change(self._address, self._file, self._etag)
+            found = os.fstat(self._file)
+        except OSError as error:
+            raise _store_error(self._address, error) from error
+        if _etag(found) != self._etag:
+            raise _changed(self._address, found, self._etag)
 
     def close(self) -> None:
         os.close(self._file)
@@ -293,16 +298,23 @@ def _fill(file: int, start: int, into: memoryview, address: str) -> None:
 
 
 def _refuse_change(address: str, file: int, etag: str) -> None:
-    found = _info(address, os.fstat(file))
-    if found.etag != etag:
-        raise ObjectChanged(f"{address} has changed: its ETag is {found.etag}, expected {etag}")
+    found = os.fstat(file)
+    if _etag(found) != etag:
+        raise _changed(address, found, etag)
+
+
+def _changed(address: str, found: os.stat_result, expected: str) -> ObjectChanged:
+    return ObjectChanged(f"{address} has changed: its ETag is {_info(address, found).etag}, expected {expected}")
 
 
 def _info(address: str, found: os.stat_result) -> ObjectInfo:
     if not stat.S_ISREG(found.st_mode):
         raise ObjectMissing(f"{address} is not a file")
-    etag = f"{found.st_mtime_ns:x}-{found.st_size:x}-{found.st_ino:x}"
-    return ObjectInfo(address, found.st_size, etag, None, found.st_mtime)
+    return ObjectInfo(address, found.st_size, _etag(found), None, found.st_mtime)
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_mtime_ns:x}-{found.st_size:x}-{found.st_ino:x}"
 
 
 def _walk(folder: Path, key: str, place: Place) -> Iterator[tuple[str, os.stat_result]]:
@@ -356,14 +368,19 @@ def _inside(entry: os.DirEntry[str], place: Place) -> os.stat_result | None:
 def _errors(address: str) -> Iterator[None]:
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise ObjectMissing(f"{address} does not exist") from error
-    except PermissionError as error:
-        raise AccessDenied(f"{address} may not be used by this process: {error.strerror}") from error
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
-            raise ObjectMissing(f"{address} does not exist: {error.strerror}") from error
-        raise StoreDown(f"{address}: {error.strerror}") from error
+        raise _store_error(address, error) from error
+
+
+def _store_error(address: str, error: OSError) -> StoreError:
+    match error:
+        case FileNotFoundError() | NotADirectoryError() | IsADirectoryError():
+            return ObjectMissing(f"{address} does not exist")
+        case PermissionError():
+            return AccessDenied(f"{address} may not be used by this process: {error.strerror}")
+        case OSError(errno=errno.ELOOP | errno.ENAMETOOLONG):
+            return ObjectMissing(f"{address} does not exist: {error.strerror}")
+    return StoreDown(f"{address}: {error.strerror}")
 
 
 @contextmanager

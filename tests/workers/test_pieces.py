@@ -18,7 +18,9 @@ from service.contract.methods import METHODS as ROWS
 from service.contract.plan import TensorPlan
 from service.contract.recipe import Recipe
 from service.contract.treatments import Role
+from workers.combining import weighted_sum
 from workers.context import Context
+from workers.crew import Crew
 from workers.magnitudes import above
 from workers.merging import merge_by_pieces, merge_tensor
 from workers.methods import LOOKS, merge
@@ -282,6 +284,31 @@ def test_an_error_in_one_thread_comes_out() -> None:
         with pytest.raises(ArithmeticError, match="seventy"):
             pieces.map(fail)
         assert pieces.map(lambda _, piece: piece.first) == list(range(0, 100, 10))
+
+
+@pytest.mark.parametrize("are_experts", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_sum_is_that_of_the_task_vectors_in_their_order(dtype: torch.dtype, are_experts: bool) -> None:
+    base, *others = [tensor.to(dtype) for tensor in drawn(1000, count=5)]
+    factors, found = [0.3, 1.0, 0.0, -0.7], []
+    context = Context("layer.weight", Role.OTHER, False, base, list("abcd"), [None] * 4)
+    with threads(3), Pieces(context, others, are_experts=are_experts, entries=300) as pieces:
+        pieces.add_up(factors, lambda total, piece: found.append((piece.first, total.clone(), piece.base.clone())))
+    compute = torch.promote_types(dtype, torch.float32)
+    start = base.to(compute)
+    vectors = [other.to(compute) - (start if are_experts else 0) for other in others]
+    assert [first for first, *_ in found] == [0, 300, 600, 900]
+    assert torch.cat([total for _, total, _ in found]).equal(weighted_sum(vectors, factors))
+    assert torch.cat([part for *_, part in found]).equal(start)
+
+
+def test_a_crew_works_on_one_parameter_after_the_other() -> None:
+    base, *experts = [tensor.bfloat16() for tensor in drawn(*SHAPE)]
+    with threads(2), Crew(2) as crew:
+        for method in ({"name": "task_arithmetic"}, {"name": "dare"}, {"name": "task_arithmetic"}):
+            plan, recipe = asked(method, base)
+            alone = merge_tensor(plan, recipe, base, experts, [None] * 3, "cpu")
+            assert merge_tensor(plan, recipe, base, experts, [None] * 3, "cpu", crew=crew).tensor.equal(alone.tensor)
 
 
 def test_a_piece_of_a_tensor_that_is_read_in_parts_knows_where_it_lies() -> None:

@@ -106,6 +106,10 @@ def merge_pieces(
     pieces: Pieces, weights: Sequence[float], method: Method, take: Callable[[Tensor, Context], object]
 ) -> None:
     """Merge piece by piece; ``take`` gets each piece's update, which it may change, and its context."""
+    factors = method.sum_weights(weights)
+    if factors is not None:
+        pieces.add_up(factors, take)
+        return
     function = METHODS[method.combines]
     facts = LOOKS[method.combines](pieces, weights, method) if method.looks and not method.entrywise else None
 

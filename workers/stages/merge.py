@@ -8,6 +8,7 @@ from contextlib import closing
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from service.contract import artifacts
@@ -19,6 +20,7 @@ from workers.abreast import tensors_abreast
 from workers.baselines import as_asked
 from workers.chosen import as_chosen
 from workers.conflict import Conflict
+from workers.crew import Crew
 from workers.machine import allow_tf32
 from workers.merging import Merged, merge_tensor, merge_unread
 from workers.sources import Found, Group, Sources
@@ -50,7 +52,8 @@ def merge_shard(work: Work, plan: Plan) -> Done:
     with (
         TensorReader(work.objects) as reader,
         TensorWriter(work.objects, plan.prefix, shard.file, header, bookmark) as writer,
-        closing(_merged(work, plan, shard, reader)) as merging,
+        Crew(torch.get_num_threads()) as crew,
+        closing(_merged(work, plan, shard, reader, crew)) as merging,
     ):
         for group, tensor, merged, bytes_read in merging:
             if group.entries is None:
@@ -72,16 +75,16 @@ def merge_shard(work: Work, plan: Plan) -> Done:
 
 
 def _merged(
-    work: Work, plan: Plan, shard: ShardPlan, reader: TensorReader
+    work: Work, plan: Plan, shard: ShardPlan, reader: TensorReader, crew: Crew
 ) -> Generator[tuple[Group, TensorPlan, Merged, int], None, None]:
     """The shard's tensors, or some of their entries, in order, and the bytes that were read for each."""
     sources = Sources.open(work, plan, reader)
     found = sources.read(work, shard)
-    for group, tensor, merged in tensors_abreast(work, shard, partial(_merge, work, sources), found):
+    for group, tensor, merged in tensors_abreast(work, shard, partial(_merge, work, sources, crew), found):
         yield group, tensor, merged, sources.bytes_of(tensor, merged.tensor.numel())
 
 
-def _merge(work: Work, sources: Sources, found: Found) -> tuple[Group, TensorPlan, Merged]:
+def _merge(work: Work, sources: Sources, crew: Crew, found: Found) -> tuple[Group, TensorPlan, Merged]:
     """A tensor, or some of its entries, merged or copied."""
     tensor, group = found.plan, found.group
     if tensor.source == "base":
@@ -89,9 +92,9 @@ def _merge(work: Work, sources: Sources, found: Found) -> tuple[Group, TensorPla
     cuts, first = sources.cuts(tensor), group.first
     if found.unread:
         with failures():
-            return group, tensor, merge_unread(tensor, work.recipe, found.unread, cuts, first)
+            return group, tensor, merge_unread(tensor, work.recipe, found.unread, cuts, first, crew)
     merged = merge_tensor(
-        tensor, work.recipe, found.base, found.experts, found.statistics, work.device, cuts, first=first
+        tensor, work.recipe, found.base, found.experts, found.statistics, work.device, cuts, first, crew
     )
     return group, tensor, merged
 
