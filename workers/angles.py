@@ -12,7 +12,7 @@ from workers.pieces import Pieces
 from workers.threads import one_thread, shared_out
 
 RUN = 1 << 11  # entries of which a product is summed in the vectors' own type: few, so that rounding stays below it
-SHARE = 1 << 20  # entries that one thread sums
+SHARE = 1 << 17  # entries that one thread sums at once: their copies stay in the cache
 CPU_BLOCK = 1 << 14  # entries that are summed at once: in float64 they stay in the cache for a few tasks
 GPU_BLOCK = 1 << 20
 

@@ -16,6 +16,7 @@ from service.contract.plan import TensorPlan
 from service.contract.recipe import Recipe, Task
 from workers.angles import gram
 from workers.conflict import Conflict, Matrix
+from workers.finite import is_finite
 from workers.low_rank import LowRankVector, summed
 from workers.magnitudes import Cut
 from workers.methods import Context, heard_of, merge, merge_pieces, pieces_of
@@ -290,12 +291,6 @@ def _refuse_non_finite(
             f"task {task.name!r} holds NaN or infinity in {plan.name!r} ({task.checkpoint}); merge finite checkpoints",
             tensor=plan.name,
         )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity. Either would reach the sum, which takes one pass and no memory."""
-    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def is_within(tensor: Tensor, dtype: torch.dtype) -> bool:

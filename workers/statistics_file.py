@@ -14,6 +14,7 @@ from service.contract.job import Artifact
 from service.contract.plan import Pinned
 from service.contract.samples import DIAGONAL, FACTOR, ROWS
 from service.stores.objects import Objects
+from workers.finite import is_finite
 from workers.statistics import Statistic
 from workers.tensors import NAMES, Reading, TensorReader
 from workers.writing import TensorWriter
@@ -53,7 +54,7 @@ class StatisticsReading:
         found = {}
         for key, tensor in self.reading.wait().items():
             parameter, _, kind = key.rpartition(".")
-            if not torch.isfinite(tensor).all():
+            if not is_finite(tensor):
                 detail = f"{self.address}: the statistics of {parameter!r} hold NaN or infinity"
                 raise BadTensor(detail, tensor=parameter)
             counts = self.rows[parameter]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from itertools import pairwise
 
@@ -17,7 +17,8 @@ from service.contract.treatments import Keep, Moments, Projection, ScaleMask, Sh
 from service.contract.treatments import Statistic as Needs
 from workers.statistics import Statistic, observe_indices, observe_rows, observe_squares
 from workers.treatments import TREATMENTS, Effect, Removed, apply_removed, projection, trim
-from workers.treatments.spectrum import Difference, dense, first_rows, krylov, leading, low_rank
+from workers.treatments.krylov import first_rows, krylov
+from workers.treatments.spectrum import Difference, dense, leading, low_rank, times
 
 ROW_COUNTS = [5, 30, 3, 12]
 every_row = pytest.mark.parametrize("params", [row() for row in ROWS.values()], ids=lambda p: p.name)
@@ -323,13 +324,13 @@ def test_float32_agrees_with_float64() -> None:
 def test_trimming_in_place_is_trimming(turned: bool, restore_norm: bool) -> None:
     # Larger than a chunk, and of a size that is no multiple of one.
     params = Projection(rank=3, balance=0.5, restore_norm=restore_norm)
-    task_vectors = [drawn(150, 1001, seed=k, dtype=torch.float32) for k in range(3)]
+    task_vectors = [drawn(300, 1001, seed=k, dtype=torch.float32) for k in range(3)]
     if turned:
         task_vectors = [t.T.contiguous().T for t in task_vectors]
     statistics = [observe_rows(x) for x in features(1001, 3)]
     expected = trim(task_vectors, statistics, params)
     again = apply_removed(task_vectors, expected.removed, params)
-    largest = [t.abs().flatten().kthvalue(t.numel() - 1502 + 1).values for t in task_vectors]  # 1 % of 150,150
+    largest = [t.abs().flatten().kthvalue(t.numel() - 3003 + 1).values for t in task_vectors]  # 1 % of 300,300
     gone = [before - after for before, after in zip(task_vectors, expected.task_vectors, strict=True)]
     shares = [size(g[t.abs() >= at]) / size(g) for g, t, at in zip(gone, task_vectors, largest, strict=True)]
     outcome = projection.trim(task_vectors, statistics, params, out=task_vectors)
@@ -412,32 +413,41 @@ def test_the_low_rank_route_and_the_dense_one_agree(positive_only: bool) -> None
     small_values, small_vectors = low_rank(matrix)
     torch.testing.assert_close(small_values[:4], values[:4])
     torch.testing.assert_close(onto(small_vectors[:, :4]), onto(vectors[:, :4]))
-    found = leading(matrix, 4, positive_only=positive_only, precision=1e-16)
+    (found,) = leading([matrix], 4, positive_only=positive_only, precision=1e-16)
     torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :4]))
 
 
 def test_directions_of_eigenvalue_zero_are_found_where_they_are_wanted() -> None:
     matrix = difference(30, 3, 4)
-    assert len(leading(matrix, 9, positive_only=True, precision=1e-16).values) == 3
-    found = leading(matrix, 9, positive_only=False, precision=1e-16)
+    assert len(leading([matrix], 9, positive_only=True, precision=1e-16)[0].values) == 3
+    (found,) = leading([matrix], 9, positive_only=False, precision=1e-16)
     assert len(found.values) == 9
     torch.testing.assert_close(onto(found.vectors) @ found.vectors, found.vectors)
 
 
+def multiplied(matrices: Sequence[Difference]) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    return lambda rows, which: times([matrices[k] for k in which], rows)
+
+
 def test_the_iteration_agrees_with_the_dense_route() -> None:
-    matrix = difference(300, 180, 140)
-    values, vectors = dense(matrix)
-    start = first_rows(matrix, 9)
-    found = krylov(matrix.times, start, 5, tolerance=1e-12, limit=200, floor=-math.inf)
-    assert found is not None
-    torch.testing.assert_close(found.values, values[:5])
-    torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :5]), rtol=0, atol=1e-9)
+    # They are done one after the other, and in the same place as they would be alone.
+    matrices = [difference(300, 180, 140), difference(300, 20, 300, seed=7), difference(300, 250, 30, seed=9)]
+    start = first_rows(matrices[0].like, 9)
+    together = krylov(multiplied(matrices), start, 5, tolerance=1e-12, limit=200, floors=[-math.inf] * 3)
+    for matrix, found in zip(matrices, together, strict=True):
+        values, vectors = dense(matrix)
+        (alone,) = krylov(multiplied([matrix]), start, 5, tolerance=1e-12, limit=200, floors=[-math.inf])
+        assert found is not None
+        assert alone is not None
+        torch.testing.assert_close(found.values, values[:5])
+        torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :5]), rtol=0, atol=1e-9)
+        torch.testing.assert_close(onto(found.vectors), onto(alone.vectors), rtol=0, atol=1e-9)
 
 
 def test_the_iteration_gives_up_in_too_small_a_space() -> None:
     matrix = difference(300, 180, 140)
-    start = first_rows(matrix, 9)
-    assert krylov(matrix.times, start, 5, tolerance=1e-12, limit=32, floor=-math.inf) is None
+    start = first_rows(matrix.like, 9)
+    assert krylov(multiplied([matrix]), start, 5, tolerance=1e-12, limit=32, floors=[-math.inf]) == [None]
 
 
 @pytest.mark.parametrize("gain", [400, 2])
@@ -445,7 +455,7 @@ def test_a_large_problem_takes_the_same_directions(gain: int) -> None:
     # With a gain of rank 2 the iteration can't converge on five positive eigenvalues, and the exact route steps in.
     matrix = difference(1024, gain, 520)
     values, vectors = low_rank(matrix)
-    found = leading(matrix, 5, positive_only=True, precision=1e-16)
+    (found,) = leading([matrix], 5, positive_only=True, precision=1e-16)
     count = min(5, gain)
     torch.testing.assert_close(found.values, values[:count])
     torch.testing.assert_close(onto(found.vectors), onto(vectors[:, :count]), rtol=0, atol=1e-9)
@@ -455,11 +465,11 @@ def test_rounding_noise_is_not_positive() -> None:
     same = drawn(20, 6, seed=1)
     turned = same @ torch.linalg.qr(drawn(6, 6, seed=2)).Q
     for matrix in (Difference([same], [turned]), Difference([turned], [same])):
-        assert len(leading(matrix, 4, positive_only=True, precision=1e-16).values) == 0
+        assert len(leading([matrix], 4, positive_only=True, precision=1e-16)[0].values) == 0
 
 
 def test_the_largest_entry_of_a_direction_is_positive() -> None:
-    vectors = leading(difference(30, 6, 8), 4, positive_only=True, precision=1e-16).vectors
+    vectors = leading([difference(30, 6, 8)], 4, positive_only=True, precision=1e-16)[0].vectors
     for column in vectors.T:
         assert column[column.abs().argmax()] > 0
 

@@ -20,6 +20,7 @@ ALONE = 1 << 15  # entries of a task vector below which no other thread pays
 # All answers are held at once, rather than computed task by task, where they take no more than
 HELD_SHARE = 2  # task vectors' worth of memory, or
 HELD_ENTRIES = 1 << 24  # entries
+TOGETHER = 4  # tasks whose directions are found side by side, where all answers are held
 
 
 def trim(
@@ -47,7 +48,11 @@ def trim(
     with one_thread() as threads:
         threads = threads if task_vectors[0].numel() >= ALONE else 1
         answers = _Answers.of(task_vectors, roots, threads)
-        found = shared_out(lambda k: _disturbed(answers, k, params), tasks, threads)
+        together = 1 if answers.held is None else TOGETHER
+        batches = [tasks[first : first + together] for first in tasks[::together]]
+        found = [
+            each for batch in shared_out(lambda ks: _disturbed(answers, ks, params), batches, threads) for each in batch
+        ]
         removals = [Removal.on_behalf([part for part, _ in found], i) for i in tasks]
 
         def looked(i: int) -> tuple[Stripped, list[Tensor]]:
@@ -86,6 +91,7 @@ class _Answers:
     task_vectors: Sequence[Tensor]
     roots: Sequence[Root]
     own: list[Tensor]
+    own_energies: list[float]
     held: list[list[Tensor]] | None = None
     own_squares: Sequence[Tensor] = ()  # of the own answers, [out, out], where every G_k will be made from them
 
@@ -103,7 +109,7 @@ class _Answers:
             own = shared_out(lambda i: roots[i].answer(task_vectors[i]), tasks, threads)
         if is_formed(size, 2 * columns * (len(tasks) - 1) // len(tasks)):  # half of them gains, half costs
             squares = shared_out(lambda answer: answer @ answer.T, own, threads)
-        return cls(task_vectors, roots, own, held, squares)
+        return cls(task_vectors, roots, own, [energy(answer) for answer in own], held, squares)
 
     def to(self, k: int, i: int) -> Tensor:
         """How task vector ``i`` answers task ``k``'s inputs."""
@@ -111,12 +117,22 @@ class _Answers:
             return self.own[k]
         return self.roots[k].answer(self.task_vectors[i]) if self.held is None else self.held[i][k]
 
+    def conflict(self, k: int, to_k: Sequence[Tensor], squares: Sequence[float], balance: float) -> Difference:
+        """G_k, from all answers ``to_k`` and their ``squares``."""
+        others = [i for i in range(len(to_k)) if i != k]
+        gains = [to_k[i] for i in others] or [to_k[k][:, :0]]
+        own_squares = [self.own_squares[i] for i in others] if self.own_squares else ()
+        energies = (sum(squares[i] for i in others), sum(self.own_energies[i] for i in others))
+        return Difference(gains, [self.own[i] for i in others], balance, own_squares, energies)
+
 
 def _answered(task_vectors: Sequence[Tensor], roots: Sequence[Root], threads: int) -> list[list[Tensor]]:
     """All answers, by task vector and by task: each task vector is read once."""
-    together = torch.cat([root.weights * root.scale for root in roots]).T
     widths = [root.rows for root in roots]
-    return shared_out(lambda vector: list(torch.split(vector @ together, widths, dim=1)), task_vectors, threads)
+    together = roots[0].weights.new_empty(sum(widths), task_vectors[0].shape[1])
+    for place, root in zip(torch.split(together, widths), roots, strict=True):
+        torch.mul(root.weights, root.scale, out=place)
+    return shared_out(lambda vector: list(torch.split(vector @ together.T, widths, dim=1)), task_vectors, threads)
 
 
 def _stand_for_inputs(task_vectors: Sequence[Tensor], roots: Sequence[Root]) -> bool:
@@ -137,18 +153,19 @@ def _usable(task_vectors: Sequence[Tensor], statistics: Sequence[Statistic | Non
     return known(statistics, tasks=len(task_vectors), width=task_vectors[0].shape[1])
 
 
-def _disturbed(answers: _Answers, k: int, params: Projection) -> tuple[Removed, list[float]]:
-    """What is removed on task k's behalf, and the squares of every task vector's answer to its inputs."""
+def _disturbed(answers: _Answers, ks: Sequence[int], params: Projection) -> list[tuple[Removed, list[float]]]:
+    """What is removed on each of some tasks' behalf, and the squares of every task vector's answer to its inputs."""
     tasks = range(len(answers.task_vectors))
-    to_k = [answers.to(k, i) for i in tasks]
-    others = [i for i in tasks if i != k]
-    gains = [to_k[i] for i in others] or [to_k[k][:, :0]]
-    squares = [answers.own_squares[i] for i in others] if answers.own_squares else ()
-    conflict = Difference(gains, [answers.own[i] for i in others], params.balance, squares)
-    rank = params.rank if others else 0
-    precision = torch.finfo(gains[0].dtype).eps
-    values, vectors = leading(conflict, rank, positive_only=params.positive_only, precision=precision)
-    return Removed(scores=values, basis=vectors.to(gains[0].dtype)), [energy(answer) for answer in to_k]
+    conflicts, squares = [], []
+    for k in ks:
+        to_k = [answers.to(k, i) for i in tasks]
+        squares.append([answers.own_energies[i] if i == k else energy(to_k[i]) for i in tasks])
+        conflicts.append(answers.conflict(k, to_k, squares[-1], params.balance))
+    rank = params.rank if len(tasks) > 1 else 0
+    like = answers.own[0]
+    pairs = leading(conflicts, rank, positive_only=params.positive_only, precision=torch.finfo(like.dtype).eps)
+    removed = [Removed(scores=values, basis=vectors.to(like.dtype)) for values, vectors in pairs]
+    return list(zip(removed, squares, strict=True))
 
 
 def _effect(

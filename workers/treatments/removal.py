@@ -12,7 +12,7 @@ from torch import Tensor
 
 from workers.treatments.outcome import LARGE_SHARE, Removed, energy, norm_factor
 
-CHUNK = 1 << 17  # entries that are worked on at once, so that they stay in the cache between the operations
+CHUNK = 1 << 18  # entries that are worked on at once, so that they stay in the cache between the operations
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,11 +157,16 @@ def _chunks(matrix: Tensor) -> Iterator[tuple[slice, slice]]:
     if matrix.device.type != "cpu":  # a GPU is slowed down by small pieces
         yield everything, everything
     elif _is_turned(matrix):
-        step = max(1, CHUNK // max(1, out))
-        yield from ((everything, slice(start, start + step)) for start in range(0, width, step))
+        yield from ((everything, part) for part in _parts(width, out))
     else:
-        step = max(1, CHUNK // max(1, width))
-        yield from ((slice(start, start + step), everything) for start in range(0, out, step))
+        yield from ((part, everything) for part in _parts(out, width))
+
+
+def _parts(count: int, each: int) -> Iterator[slice]:
+    """``count`` rows of ``each`` entries in parts of much the same size."""
+    most = max(1, CHUNK // max(1, each))
+    step = max(1, -(-count // max(1, -(-count // most))))
+    yield from (slice(start, start + step) for start in range(0, count, step))
 
 
 def _is_turned(matrix: Tensor) -> bool:

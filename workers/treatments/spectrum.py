@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from service.contract.errors import BadTensor
+from workers.treatments.krylov import Eigenpairs, Times, first_rows, krylov
+from workers.treatments.outcome import energy
 
 # Where one route becomes quicker than the next, measured with one thread of a current processor.
 LOW_RANK_COLUMNS = 512  # up to here a QR of the columns beats an iteration
@@ -17,25 +20,23 @@ KRYLOV_SIZE = 320  # below this a complete factorization does
 FORMED_SIZE = 1024  # up to here products with G itself beat products with its many columns
 KRYLOV_LIMIT = 512  # dimensions to search in before giving up, if few vectors are wanted
 
-
-class Eigenpairs(NamedTuple):
-    """``values [c]``, descending, and ``vectors [out, c]``, orthonormal."""
-
-    values: Tensor
-    vectors: Tensor
+Iterate = Callable[[Times, Tensor], list[Eigenpairs | None]]
 
 
-class Difference(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Difference:
     """The symmetric, indefinite G = sum of g g^T over ``gains`` - ``balance`` * sum of c c^T over ``costs``.
 
-    G is ``[out, out]`` and given by blocks of columns, each ``[out, r]`` with an r of its own. ``squares`` are c c^T
-    ``[out, out]`` for each of the costs, where they are known already.
+    G is ``[out, out]`` and given by blocks of columns, each ``[out, r]`` with an r of its own. Where they are known
+    already, ``squares`` are c c^T ``[out, out]`` for each of the costs, and ``energies`` the squares of all gains'
+    entries and of all costs'.
     """
 
     gains: Sequence[Tensor]
     costs: Sequence[Tensor]
     balance: float = 1.0
     squares: Sequence[Tensor] = ()
+    energies: tuple[float, float] | None = None
 
     @property
     def size(self) -> int:
@@ -53,17 +54,8 @@ class Difference(NamedTuple):
     @property
     def added(self) -> float:
         """The squares of all columns together: what is added and subtracted to make G."""
-        gain, cost = (sum(_square(block) for block in blocks) for blocks in (self.gains, self.costs))
+        gain, cost = self.energies or (sum(map(energy, blocks)) for blocks in (self.gains, self.costs))
         return gain + self.balance * cost
-
-    def times(self, rows: Tensor) -> Tensor:
-        """G times each of ``rows [b, out]``, without forming G; rows, because they are quicker to multiply by."""
-        total = torch.zeros_like(rows)
-        for block in self.gains:
-            total.addmm_(rows @ block, block.T)
-        for block in self.costs:
-            total.addmm_(rows @ block, block.T, alpha=-self.balance)
-        return total
 
     def formed(self) -> Tensor:
         """G itself."""
@@ -84,22 +76,28 @@ def is_formed(size: int, columns: int) -> bool:
     return size <= FORMED_SIZE and columns > min(LOW_RANK_COLUMNS, size - 1)
 
 
-def leading(matrix: Difference, rank: int, *, positive_only: bool, precision: float) -> Eigenpairs:
-    """The eigenvectors of the ``rank`` largest signed eigenvalues of G, or of the positive ones among them.
+def leading(matrices: Sequence[Difference], rank: int, *, positive_only: bool, precision: float) -> list[Eigenpairs]:
+    """The eigenvectors of the ``rank`` largest signed eigenvalues of each G, or of the positive ones among them.
 
-    ``precision`` is the rounding unit that the columns were computed in: an eigenvalue counts as positive only where
-    it stands out from the rounding noise of what was added and subtracted to make it.
-    Both come in float64. Each vector's entry of largest magnitude is positive. Which route is taken depends on shapes
-    and numbers, never on time.
+    All have one size, and an iteration works on all of them together. ``precision`` is the rounding unit that the
+    columns were computed in: an eigenvalue counts as positive only where it stands out from the rounding noise of what
+    was added and subtracted to make it. Both come in float64. Each vector's entry of largest magnitude is positive.
+    Which route is taken depends on shapes and numbers, never on time.
 
     Raises:
         BadTensor: a column holds NaN or infinity.
     """
-    wanted = min(rank, matrix.size)
-    noise = _noise(matrix, precision)
-    if wanted == 0 or (positive_only and noise == 0):
-        return Eigenpairs(*(matrix.like.new_zeros(shape, dtype=torch.float64) for shape in ((0,), (matrix.size, 0))))
-    pairs = _iterated(matrix, wanted, noise if positive_only else -math.inf, precision) or _complete(matrix)
+    wanted = min(rank, matrices[0].size)
+    noises = [_noise(matrix, precision) for matrix in matrices]
+    told = [k for k, noise in enumerate(noises) if wanted and not (positive_only and noise == 0)]
+    floors = [noises[k] if positive_only else -math.inf for k in told]
+    found = [_none(matrix) for matrix in matrices]
+    for k, pairs in zip(told, _iterated([matrices[k] for k in told], wanted, floors, precision), strict=True):
+        found[k] = _chosen(matrices[k], pairs or _complete(matrices[k]), wanted, noises[k], positive_only)
+    return found
+
+
+def _chosen(matrix: Difference, pairs: Eigenpairs, wanted: int, noise: float, positive_only: bool) -> Eigenpairs:
     positive = int((pairs.values[:wanted] > noise).sum())
     if positive_only:
         wanted = positive
@@ -108,6 +106,10 @@ def leading(matrix: Difference, rank: int, *, positive_only: bool, precision: fl
     # Orthonormal in the type they came in, and once more in float64: a projection is only as exact as its basis.
     basis = torch.linalg.qr(pairs.vectors[:, :wanted].double()).Q
     return Eigenpairs(pairs.values[:wanted].double(), _with_fixed_signs(basis))
+
+
+def _none(matrix: Difference) -> Eigenpairs:
+    return Eigenpairs(*(matrix.like.new_zeros(shape, dtype=torch.float64) for shape in ((0,), (matrix.size, 0))))
 
 
 def dense(matrix: Difference) -> Eigenpairs:
@@ -124,89 +126,83 @@ def low_rank(matrix: Difference) -> Eigenpairs:
     return Eigenpairs(values, basis @ vectors)
 
 
-def krylov(
-    times: Callable[[Tensor], Tensor], start: Tensor, wanted: int, *, tolerance: float, limit: int, floor: float
-) -> Eigenpairs | None:
-    """The ``wanted`` leading eigenpairs from products ``times`` with rows alone, or None where they don't converge.
+def _iterated(
+    matrices: Sequence[Difference], wanted: int, floors: Sequence[float], precision: float
+) -> list[Eigenpairs | None]:
+    """Those that an iteration pays for and that it converges on; None for the others."""
+    found: list[Eigenpairs | None] = [None for _ in matrices]
+    paying = [k for k, matrix in enumerate(matrices) if _pays(matrix, wanted)]
+    if not paying:
+        return found
+    chosen, size = [matrices[k] for k in paying], matrices[0].size
+    iterate = partial(
+        krylov,
+        wanted=wanted,
+        tolerance=4 * precision,
+        floors=[floors[k] for k in paying],
+        limit=min(max(KRYLOV_LIMIT, 16 * wanted), size // 2),
+    )
+    iterated = _by_columns(chosen, wanted, iterate) if size > FORMED_SIZE else _by_squares(chosen, wanted, iterate)
+    for k, pairs in zip(paying, iterated, strict=True):
+        found[k] = pairs
+    return found
 
-    Block Lanczos with full reorthogonalization, from the orthonormal rows ``start [b, out]`` (Golub and Underwood,
-    1977). It ends when ||G v - value * v|| is at most ``tolerance`` times the magnitude of G's largest eigenvalue for
-    every pair, or at most ``floor`` for values no larger than that, and gives up when its space would exceed ``limit``
-    dimensions.
+
+def _by_columns(matrices: Sequence[Difference], wanted: int, iterate: Iterate) -> list[Eigenpairs | None]:
+    # Columns are read from memory, which costs the same for some rows more, that lead there sooner.
+    start = first_rows(matrices[0].like, wanted + 4)
+    return iterate(lambda rows, which: times([matrices[k] for k in which], rows), start)
+
+
+def _by_squares(matrices: Sequence[Difference], wanted: int, iterate: Iterate) -> list[Eigenpairs | None]:
+    formed = torch.stack([matrix.formed() for matrix in matrices])
+    iterated = iterate(lambda rows, which: _multiplied(formed, which, rows), first_rows(formed[0], wanted))
+    return [pairs or _descending(matrix) for pairs, matrix in zip(iterated, formed, strict=True)]
+
+
+def times(matrices: Sequence[Difference], rows: Tensor) -> Tensor:
+    """G times ``rows [m, b, out]`` for each of m matrices, without forming any.
+
+    Costs that several have in common are multiplied with the rows of all of them at once.
     """
-    width, size = start.shape
-    space = start.new_empty(limit, size)
-    inside = torch.zeros(limit, limit, dtype=torch.float64, device=start.device)
-    block, check = start, 3 * width
-    for held in range(width, limit + 1, width):
-        space[held - width : held] = block
-        image = times(block)
-        inside[held - width : held, :held] = (image @ space[:held].T).double()
-        block, coupling = _orthonormal(image, space[:held])
-        if held >= check or held + width > limit:
-            values, mix = _descending(inside[:held, :held].to(space.dtype))
-            if _has_converged(values, coupling @ mix[-width:, :wanted], tolerance, floor):
-                values, mix = _descending(inside[:held, :held])
-                found = mix[:, :wanted].T.to(space.dtype) @ space[:held]
-                return Eigenpairs(values[:wanted], found.T)
-            check = held + max(width, held // 4)
-    return None
+    total = torch.zeros_like(rows)
+    for matrix, own, place in zip(matrices, rows, total, strict=True):
+        for block in matrix.gains:
+            place.add_(_squared(block, own))
+    sharing: dict[int, tuple[float, Tensor, list[int]]] = {}
+    for place, matrix in enumerate(matrices):
+        for block in matrix.costs:
+            sharing.setdefault(id(block), (matrix.balance, block, []))[2].append(place)
+    for balance, block, places in sharing.values():
+        theirs = rows[places]
+        total[places] -= balance * _squared(block, theirs.flatten(0, 1)).reshape(theirs.shape)
+    return total
 
 
-def _iterated(matrix: Difference, wanted: int, floor: float, precision: float) -> Eigenpairs | None:
-    if matrix.rank_bound <= min(LOW_RANK_COLUMNS, matrix.size - 1) or matrix.size < max(KRYLOV_SIZE, 16 * wanted):
-        return None
-    limit = min(max(KRYLOV_LIMIT, 16 * wanted), matrix.size // (2 if matrix.size > FORMED_SIZE else 3))
-    start, tolerance = first_rows(matrix, wanted + 4), 4 * precision
-    if matrix.size > FORMED_SIZE:
-        return krylov(matrix.times, start, wanted, tolerance=tolerance, limit=limit, floor=floor)
-    formed = matrix.formed()
-    found = krylov(lambda rows: rows @ formed, start, wanted, tolerance=tolerance, limit=limit, floor=floor)
-    return found or _descending(formed)
+def _multiplied(formed: Tensor, which: Sequence[int], rows: Tensor) -> Tensor:
+    """``rows [m, b, out]`` times some of the symmetric matrices ``formed [n, out, out]``."""
+    if len(which) == len(formed):
+        return torch.bmm(rows, formed)
+    return torch.stack([own @ formed[k] for own, k in zip(rows, which, strict=True)])
+
+
+def _squared(block: Tensor, rows: Tensor) -> Tensor:
+    """Rows times C C^T, for columns C; the second product is quicker the other way around."""
+    return (block @ (rows @ block).T).T
+
+
+def _pays(matrix: Difference, wanted: int) -> bool:
+    has_many_columns = matrix.rank_bound > min(LOW_RANK_COLUMNS, matrix.size - 1)
+    return has_many_columns and matrix.size >= max(KRYLOV_SIZE, 16 * wanted)
 
 
 def _complete(matrix: Difference) -> Eigenpairs:
     return low_rank(matrix) if matrix.rank_bound < matrix.size else dense(matrix)
 
 
-def first_rows(matrix: Difference, width: int) -> Tensor:
-    """Orthonormal rows ``[width, out]`` to begin an iteration with."""
-    # Chirps of different rates overlap with everything and need no random numbers.
-    places = torch.arange(1, matrix.size + 1, dtype=torch.float64, device=matrix.like.device)
-    rates = torch.arange(1, width + 1, dtype=torch.float64, device=places.device).sqrt()
-    rows = torch.cos(rates[:, None] * places.square()).to(matrix.like.dtype)
-    orthonormal: Tensor = torch.linalg.qr(rows.T).Q
-    return orthonormal.T.contiguous()
-
-
-def _orthonormal(rows: Tensor, space: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows Q, orthonormal and orthogonal to ``space``'s, and C so that ``rows`` is C^T Q but for what ``space`` spans.
-
-    Twice, since rounding spoils the first time, and what vanished the first time is noise that needs the second.
-    """
-    coupling = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    for _ in range(2):
-        rows = torch.addmm(rows, rows @ space.T, space, alpha=-1)
-        turned, triangle = torch.linalg.qr(rows.T)
-        rows, coupling = turned.T, triangle @ coupling
-    return rows, coupling
-
-
-def _has_converged(values: Tensor, residuals: Tensor, tolerance: float, floor: float) -> bool:
-    scale = float(values.abs().max())
-    allowed = torch.full_like(values[: residuals.shape[1]], tolerance * scale)
-    allowed[values[: len(allowed)] <= floor] = max(tolerance * scale, floor)
-    return bool((residuals.norm(dim=0) <= allowed).all())
-
-
 def _descending(symmetric: Tensor) -> Eigenpairs:
     values, vectors = torch.linalg.eigh(symmetric)
     return Eigenpairs(values.flip(0), vectors.flip(1))
-
-
-def _square(columns: Tensor) -> float:
-    # Row by row: one pass, nothing allocated, and float32 sums stay short enough to be accurate.
-    return float(torch.linalg.vector_norm(columns, dim=-1).double().square().sum())
 
 
 def _noise(matrix: Difference, precision: float) -> float:
