@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": "0",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_ARENA_MAX": "1",  # what one thread gives back is there for the others
     "HF_HUB_OFFLINE": "1",  # a worker loads what it is given, and nothing from a hub
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }

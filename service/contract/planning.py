@@ -153,10 +153,15 @@ def methods_of(recipe: Recipe) -> tuple[AnyMethod, ...]:
 
 def peak_memory(recipe: Recipe, tensors: Sequence[TensorPlan], method: AnyMethod) -> int:
     """What one worker holds at most while it merges: its largest tensor, and what is read ahead and written behind."""
-    return max((_held_bytes(recipe, tensor, method) for tensor in tensors), default=0) + STREAM_BYTES
+    return largest_held(recipe, tensors, method) + STREAM_BYTES
 
 
-def _held_bytes(recipe: Recipe, tensor: TensorPlan, method: AnyMethod) -> int:
+def largest_held(recipe: Recipe, tensors: Sequence[TensorPlan], method: AnyMethod) -> int:
+    """What is held of one of the tensors at most; smaller ones that hold no more together may be merged at once."""
+    return max((held_bytes(recipe, tensor, method) for tensor in tensors), default=0)
+
+
+def held_bytes(recipe: Recipe, tensor: TensorPlan, method: AnyMethod) -> int:
     """What is held of one tensor at once: nothing where entry after entry is merged and written.
 
     Else all checkpoints' tensors and the merged one as they are stored; and where the method or a treatment looks at

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from service.contract.recipe import Recipe
 from service.contract.stages import Stage
 from service.stores.objects import failures
 from tests.workers.stage_runs import Run
-from workers import sources, tensors
+from workers import merging, sources, tensors
 from workers.merging import merge_unread
 from workers.tensors import TensorReader
+
+merge_stage = import_module("workers.stages.merge")
 
 SIZES = {"embedding": (3000, 100), "scale": (100,), "tiny": (3,), "head": (700, 301), "last": (64, 64)}
 
@@ -93,6 +97,50 @@ def test_the_same_bytes_read_in_spans_and_piece_by_piece(
     assert piece_by_piece == in_spans
     read = 4 * sum(t.nbytes for t in load_file(tmp_path / "base.safetensors").values()) - 3 * 90_000 * 8
     assert run.bytes_read[Stage.MERGE] == read
+
+
+LAYERS = {f"layers.{layer}.{name}.weight": (60, 50) for layer in range(12) for name in ("key", "value")}
+NORMS = {f"layers.{layer}.norm.{name}": (50,) for layer in range(12) for name in ("weight", "bias")}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "cat", "scaling": 0.7}, {"name": "cat", "then": {"name": "ties"}}],
+    ids=["cat", "cat, ties"],
+)
+def test_several_tensors_at_once_leave_the_bytes_of_one_after_the_other(
+    tmp_path: Path, method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"embeddings.weight": (2000, 50), **LAYERS, **NORMS, "last.weight": (700, 301)}
+    base = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save(tmp_path / "base.safetensors", base)
+    for task in "abc":
+        moved = {name: t + 0.1 * torch.randn(t.shape, generator=generator) for name, t in base.items()}
+        save(tmp_path / f"{task}.safetensors", moved)
+    tasks = [{"name": task, "checkpoint": f"file://{tmp_path}/{task}.safetensors"} for task in "abc"]
+    output = {"prefix": f"file://{tmp_path}/result/", "overwrite": True}
+    asked = {"base": f"file://{tmp_path}/base.safetensors", "tasks": tasks, "output": output}
+    before, workers = torch.get_num_threads(), []
+    merge = merging.merge_tensor
+
+    def watched(*args: Any, **options: Any) -> merging.Merged:
+        workers.append(threading.current_thread())
+        return merge(*args, **options)
+
+    monkeypatch.setattr(merge_stage, "merge_tensor", watched)
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            whole, _ = merged(tmp_path, asked, method)
+            beside = [path.read_bytes() for path in sorted((tmp_path / "result").rglob("removed-*"))]
+            found.append((whole, beside))
+    finally:
+        torch.set_num_threads(before)
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+    assert len(set(workers)) > 2
 
 
 def test_a_file_that_changes_before_its_entries_are_read_is_found_out(recipe: dict[str, Any], tmp_path: Path) -> None:

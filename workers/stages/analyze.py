@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Generator
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 from service.contract import artifacts
 from service.contract.parts import Done
+from service.contract.plan import Plan, ShardPlan, TensorPlan
+from workers.abreast import tensors_abreast
 from workers.conflict import Conflict
 from workers.machine import allow_tf32
-from workers.merging import analyze_tensor
-from workers.sources import Sources
+from workers.merging import Analyzed, analyze_tensor
+from workers.sources import Found, Sources
 from workers.stages.merge import kept, totals
 from workers.tensors import TensorReader
 from workers.trim_log import layer_of
@@ -30,19 +36,32 @@ def run(work: Work) -> Done:
     shard = plan.shards[work.part]
     rows: list[dict[str, Any]] = []
     found: dict[tuple[str, str], Conflict] = {}
-    with TensorReader(work.objects) as reader:
-        sources = Sources.open(work, plan, reader)
-        for tensor in sources.read(work, shard):
-            if tensor.plan.source == "merged":
-                analyzed = analyze_tensor(
-                    tensor.plan, work.recipe, tensor.base, tensor.experts, tensor.statistics, work.device
-                )
+    with TensorReader(work.objects) as reader, closing(_analyzed(work, plan, shard, reader)) as analyzing:
+        for tensor, analyzed, bytes_read in analyzing:
+            if analyzed is not None:
                 rows += analyzed.rows
-                place = (layer_of(tensor.plan.name), tensor.plan.role.value)
+                place = (layer_of(tensor.name), tensor.role.value)
                 found[place] = found[place] + analyzed.conflict if place in found else analyzed.conflict
-            work.watch.step(tensors=1, bytes_read=sources.bytes_of(tensor.plan, tensor.base.numel()))
+            work.watch.step(tensors=1, bytes_read=bytes_read)
     _leave(work, rows, found)
     return Done(output={"trimmed": totals(rows)}, warnings=kept(rows))
+
+
+def _analyzed(
+    work: Work, plan: Plan, shard: ShardPlan, reader: TensorReader
+) -> Generator[tuple[TensorPlan, Analyzed | None, int], None, None]:
+    """The shard's tensors in order, what was found out about each that is merged, and the bytes that were read."""
+    sources = Sources.open(work, plan, reader)
+    analyze = partial(_analyze, work)
+    for tensor, analyzed in tensors_abreast(work, shard, analyze, sources.read(work, shard)):
+        yield tensor, analyzed, sources.bytes_of(tensor, math.prod(tensor.shape))
+
+
+def _analyze(work: Work, found: Found) -> tuple[TensorPlan, Analyzed | None]:
+    if found.plan.source != "merged":
+        return found.plan, None
+    known = (found.base, found.experts, found.statistics)
+    return found.plan, analyze_tensor(found.plan, work.recipe, *known, work.device)
 
 
 def _leave(work: Work, rows: list[dict[str, Any]], found: dict[tuple[str, str], Conflict]) -> None:

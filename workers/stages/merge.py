@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from service.contract import artifacts
 from service.contract.notices import Notice
 from service.contract.parts import Done
-from service.contract.plan import Plan, TensorPlan
+from service.contract.plan import Plan, ShardPlan, TensorPlan
 from service.stores.objects import failures
+from workers.abreast import tensors_abreast
 from workers.baselines import as_asked
 from workers.chosen import as_chosen
 from workers.conflict import Conflict
@@ -44,10 +46,12 @@ def merge_shard(work: Work, plan: Plan) -> Done:
     removed: dict[str, Tensor] = {}
     conflict = Conflict.none(len(work.recipe.tasks))
     header = {tensor.name: (tensor.dtype, tensor.shape) for tensor in shard.tensors}
-    with TensorReader(work.objects) as reader, TensorWriter(work.objects, plan.prefix, shard.file, header) as writer:
-        sources = Sources.open(work, plan, reader)
-        # A map holds on to nothing that was read for the tensor before.
-        for group, tensor, merged in map(partial(_merge, work, sources), sources.read(work, shard)):
+    with (
+        TensorReader(work.objects) as reader,
+        TensorWriter(work.objects, plan.prefix, shard.file, header) as writer,
+        closing(_merged(work, plan, shard, reader)) as merging,
+    ):
+        for group, tensor, merged, bytes_read in merging:
             if group.entries is None:
                 writer.add(tensor.name, merged.tensor)
             else:
@@ -55,11 +59,7 @@ def merge_shard(work: Work, plan: Plan) -> Done:
             rows += merged.rows
             removed |= merged.removed
             conflict = conflict if merged.conflict is None else conflict + merged.conflict
-            work.watch.step(
-                tensors=int(group.is_last),
-                bytes_read=sources.bytes_of(tensor, merged.tensor.numel()),
-                bytes_written=merged.tensor.nbytes,
-            )
+            work.watch.step(tensors=int(group.is_last), bytes_read=bytes_read, bytes_written=merged.tensor.nbytes)
         weights = writer.commit()
     files = [weights, *_write_removed(work, plan, removed)]
     log = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -68,6 +68,16 @@ def merge_shard(work: Work, plan: Plan) -> Done:
     if conflict.measured:
         output["conflict"] = conflict.as_dict()
     return Done(output=output, warnings=kept(rows))
+
+
+def _merged(
+    work: Work, plan: Plan, shard: ShardPlan, reader: TensorReader
+) -> Generator[tuple[Group, TensorPlan, Merged, int], None, None]:
+    """The shard's tensors, or some of their entries, in order, and the bytes that were read for each."""
+    sources = Sources.open(work, plan, reader)
+    found = sources.read(work, shard)
+    for group, tensor, merged in tensors_abreast(work, shard, partial(_merge, work, sources), found):
+        yield group, tensor, merged, sources.bytes_of(tensor, merged.tensor.numel())
 
 
 def _merge(work: Work, sources: Sources, found: Found) -> tuple[Group, TensorPlan, Merged]:
