@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from service.contract.treatments import Projection, Role
+from workers.factoring import eigenpairs
 from workers.statistics import Statistic
 from workers.treatments import Effect, Removed, Trimmed, trim
 from workers.treatments.outcome import energy, known, large_share, norm_factor, share
@@ -87,7 +88,7 @@ def _disturbed(task_vectors: Sequence[Tensor], statistics: Sequence[Statistic], 
         gain, cost = (_response(vector, statistics[j], params.moments).double() for j in (k, i))
         conflict += gain @ gain.mT - params.balance * (cost @ cost.mT)
         size += gain.square().sum((1, 2)) + params.balance * cost.square().sum((1, 2))
-    values, vectors = torch.linalg.eigh(conflict)
+    values, vectors = eigenpairs(conflict)
     # As for a single matrix: what rounding left of added and subtracted squares is no direction.
     noise = float(size.max()) * torch.finfo(task_vectors[0].dtype).eps
     pick = _largest(values, params.rank if len(task_vectors) > 1 else 0, noise if params.positive_only else -math.inf)

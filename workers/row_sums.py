@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from service.contract.errors import BadInput
+from workers.factoring import eigenpairs
 from workers.statistics import Statistic
+from workers.threads import one_thread
 
 _COLUMNS = 384  # of the square that are updated at once
 
@@ -69,10 +71,11 @@ def _root(square: Tensor) -> Tensor:
     largest = square.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     noise = torch.finfo(square.dtype).eps * width * largest
     lifted = square + noise * torch.eye(width, dtype=square.dtype, device=square.device)
-    factor, failed = torch.linalg.cholesky_ex(lifted, upper=True)
+    with one_thread():  # several round differently
+        factor, failed = torch.linalg.cholesky_ex(lifted, upper=True)
     if not bool(failed.any()):
         found: Tensor = factor.triu().float()
         return found
-    values, vectors = torch.linalg.eigh(square.triu() + square.triu(1).mT)
+    values, vectors = eigenpairs(square.triu() + square.triu(1).mT)
     root: Tensor = values.clamp_min(0).sqrt()[..., None] * vectors.mT
     return root.float()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from service.contract.errors import BadInput
+from workers.factoring import triangle
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +125,7 @@ def _add_diagonal(squares: Tensor, rows: int, so_far: Statistic | None) -> Stati
 def _compact(rows: Tensor) -> Tensor:
     if rows.shape[0] <= rows.shape[1]:
         return rows
-    triangle: Tensor = torch.linalg.qr(rows.double(), mode="r").R
-    return triangle.to(rows.dtype)
+    return triangle(rows.double()).to(rows.dtype)
 
 
 def _check_continues(held: Tensor | None, width: int) -> None:

@@ -133,6 +133,20 @@ def test_every_role_is_merged_in_float64(params: AnyMethod, role: Role, shape: t
 
 
 @every_row
+@pytest.mark.parametrize("shape", [(310, 290), (97, 400), (400, 97), (257, 129), (3000, 40), (40, 3000)])
+def test_any_number_of_threads_leaves_the_same_bytes(params: AnyMethod, shape: tuple[int, int]) -> None:
+    task_vectors, before = drawn(*shape, dtype=torch.float64), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(merged(task_vectors, WEIGHTS, params))
+    finally:
+        torch.set_num_threads(before)
+    assert [update.equal(found[0]) for update in found] == [True] * 3
+
+
+@every_row
 @pytest.mark.parametrize("transposed", [False, True])
 def test_stacked_matrices_are_merged_one_by_one(params: AnyMethod, transposed: bool) -> None:
     if params.combining.draws:  # masks are drawn for the whole parameter

@@ -10,6 +10,7 @@ from service.contract.methods import MATRICES, IsoC
 from workers.combining import weighted_mean, weighted_sum
 from workers.context import Context
 from workers.factoring import leading_singular
+from workers.products import product
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: IsoC, context: Context) -> Tensor:
@@ -24,4 +25,4 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: IsoC
     total = weighted_sum(matrices, weights)
     found = leading_singular(total, min(total.shape))
     mean = found.values.sum() / min(total.shape)
-    return context.restored((found.left * (params.scaling * mean)) @ found.right.T)
+    return context.restored(product(found.left * (params.scaling * mean), found.right.T))

@@ -11,6 +11,7 @@ from service.contract.methods import MATRICES, IsoCts
 from workers.combining import weighted_mean, weighted_sum
 from workers.context import Context
 from workers.factoring import leading_singular, orthogonal_factor
+from workers.products import product
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: IsoCts, context: Context) -> Tensor:
@@ -30,9 +31,9 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: IsoC
     parts = [common]
     for matrix, weight in zip(matrices, weights, strict=True):
         wide = matrix.double() * weight
-        rest = wide - common.left @ (common.left.T @ wide)
+        rest = wide - product(common.left, product(common.left.T, wide))
         parts.append(leading_singular(rest.to(matrix.dtype), own))
     left = orthogonal_factor(torch.cat([part.left for part in parts], dim=1))
     right = orthogonal_factor(torch.cat([part.right for part in parts], dim=1))
     mean = torch.cat([part.values for part in parts]).sum() / rank
-    return context.restored((left * (params.scaling * mean)) @ right.T)
+    return context.restored(product(left * (params.scaling * mean), right.T))

@@ -13,6 +13,7 @@ from workers.combining import weighted_mean
 from workers.context import Context
 from workers.factoring import least_squares
 from workers.features import diagonals, roots, usable, weighted_by_entry
+from workers.products import product
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Lot, context: Context) -> Tensor:
@@ -31,7 +32,7 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Lot,
         found = weighted_by_entry(shaped, importance, weights)
     else:
         rows = roots(known, weights, params.moments, shaped[0].device)
-        answers = [matrix.double() @ r.T for matrix, r in zip(shaped, rows, strict=True)]
+        answers = [product(matrix.double(), r.double().T) for matrix, r in zip(shaped, rows, strict=True)]
         found = least_squares(torch.cat(answers, dim=1), torch.cat(rows), params.cutoff)
     return _restored(found * params.scaling, context)
 

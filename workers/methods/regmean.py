@@ -12,6 +12,7 @@ from workers.combining import weighted_mean
 from workers.context import Context
 from workers.factoring import pseudo_inverse
 from workers.features import roots, usable
+from workers.products import product
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Regmean, context: Context) -> Tensor:
@@ -28,9 +29,9 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Regm
     answers = torch.zeros_like(matrices[0], dtype=torch.float64)
     total = torch.zeros(matrices[0].shape[1], matrices[0].shape[1], dtype=torch.float64, device=answers.device)
     for matrix, root in zip(matrices, roots(known, weights, params.moments, answers.device), strict=True):
-        moment = root.T @ root
+        moment = product(root.T, root)
         damped = moment * params.off_diagonal
         damped.diagonal().copy_(moment.diagonal())
         total += damped
-        answers.addmm_(matrix.double(), damped)
-    return context.restored(answers @ pseudo_inverse(total, params.cutoff))
+        answers += product(matrix.double(), damped)
+    return context.restored(product(answers, pseudo_inverse(total, params.cutoff)))

@@ -11,7 +11,9 @@ from torch import Tensor
 from service.contract.methods import MATRICES, Shrinkage
 from workers.combining import weighted_mean
 from workers.context import Context
+from workers.factoring import over_positive
 from workers.features import roots, usable
+from workers.products import product
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Shrinkage, context: Context) -> Tensor:
@@ -56,8 +58,7 @@ def _least_change(evidence: Iterable[tuple[Tensor, Tensor]], ridge: float) -> Te
     """
     answers, total = torch.zeros(()), torch.zeros(())
     for own, rows in evidence:
-        moment = rows.T @ rows
-        answers, total = answers + own @ moment, total + moment
+        moment = product(rows.T, rows)
+        answers, total = answers + product(own, moment), total + moment
     total.diagonal().add_(ridge)
-    solution: Tensor = torch.cholesky_solve(answers.T, torch.linalg.cholesky(total)).T
-    return solution
+    return over_positive(answers, total)

@@ -11,6 +11,7 @@ from service.contract.methods import MATRICES, TsvM
 from workers.combining import weighted_mean
 from workers.context import Context
 from workers.factoring import leading_singular, orthogonal_factor
+from workers.products import product
 
 
 def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: TsvM, context: Context) -> Tensor:
@@ -28,4 +29,4 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: TsvM
     left = orthogonal_factor(torch.cat([part.left for part in parts], dim=1))
     right = orthogonal_factor(torch.cat([part.right for part in parts], dim=1))
     values = torch.cat([part.values * weight for part, weight in zip(parts, weights, strict=True)])
-    return context.restored((left * (params.scaling * values)) @ right.T)
+    return context.restored(product(left * (params.scaling * values), right.T))

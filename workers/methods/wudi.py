@@ -11,6 +11,7 @@ from service.contract.methods import MATRICES, Wudi
 from workers.combining import weighted_mean, weighted_sum
 from workers.context import Context
 from workers.factoring import least_squares
+from workers.products import product
 
 # Adam's own constants, as its paper has them.
 FIRST_DECAY, SECOND_DECAY, EPSILON = 0.9, 0.999, 1e-8
@@ -25,12 +26,12 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Wudi
     matrices = context.matrices(task_vectors, MATRICES)
     if matrices is None:
         return weighted_mean(task_vectors, weights, params.scaling)
-    norms = [float(matrix.double().square().sum()) for matrix in matrices]
+    norms = [float(torch.linalg.vector_norm(matrix.double(), dim=-1).norm()) ** 2 for matrix in matrices]
     told = [(m, w / norm) for m, w, norm in zip(matrices, weights, norms, strict=True) if norm]
     if not told:
         return torch.zeros_like(task_vectors[0])
     rows = torch.cat([matrix * share**0.5 for matrix, share in told])
-    answers = torch.cat([(matrix.double() @ matrix.double().T) * share**0.5 for matrix, share in told], dim=1)
+    answers = torch.cat([product(matrix.double(), matrix.double().T) * share**0.5 for matrix, share in told], dim=1)
     if params.solver == "closed":
         found = least_squares(answers, rows, params.cutoff)
     else:
@@ -41,12 +42,12 @@ def merge(task_vectors: Sequence[Tensor], weights: Sequence[float], params: Wudi
 def _descended(start: Tensor, rows: Tensor, answers: Tensor, params: Wudi) -> Tensor:
     """Where Adam gets to from ``start [out, in]`` on ||T R^T - Y||^2; R are ``rows [r, in]``, Y ``answers``."""
     wide = rows.double()
-    target = (answers @ wide).to(start.dtype)
-    moment = (wide.T @ wide).to(start.dtype)
+    target = product(answers, wide).to(start.dtype)
+    moment = product(wide.T, wide).to(start.dtype)
     point = start.clone(memory_format=torch.contiguous_format)
     first, second = torch.zeros_like(point), torch.zeros_like(point)
     for step in range(1, params.steps + 1):
-        gradient = torch.addmm(target, point, moment, beta=-2, alpha=2)
+        gradient = product(point, moment).sub_(target).mul_(2)
         first.lerp_(gradient, 1 - FIRST_DECAY)
         second.mul_(SECOND_DECAY).addcmul_(gradient, gradient, value=1 - SECOND_DECAY)
         spread = (second / (1 - SECOND_DECAY**step)).sqrt_().add_(EPSILON)
