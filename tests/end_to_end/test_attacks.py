@@ -96,7 +96,7 @@ def test_a_worker_is_killed_in_every_stage_and_what_it_had_sent_arrives_late(
     arena.forget_cache()
     held = {stage: arena.store.hold(pattern) for stage, pattern in stages.items()}
     after_the_manifest = arena.store.hold("HEAD .*merge/manifest.json", times=0)
-    job_id = arena.stack.submit(recipe(pair, evaluation={"tasks": _labeled(pair), "resamples": 100}))["id"]
+    job_id = arena.stack.submit(recipe(pair, evaluation={"tasks": _labeled(pair), "resamples": 100}, search=None))["id"]
     for stage, rule in held.items():
         arena.caught(rule)
         program, _ = arena.holder(job_id, stage, "model-00002-of" if stage == "merge" else "")
