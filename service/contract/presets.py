@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from service.contract.base import Frozen
 from service.contract.methods import AnyMethod, Cat, Shrinkage, TsvM
@@ -59,8 +59,15 @@ def expanded(method: object, with_data: bool) -> object:
     """The method that a preset's name stands for; anything but a string as it is.
 
     Raises:
-        ValueError: there is no preset of that name.
+        ValueError: there is no preset of that name, or it is given as if it were a method.
     """
+    if isinstance(method, dict) and method.get("name") in get_args(PresetName):
+        preset = PRESETS[method["name"]]
+        stands_for = (preset.method if with_data else preset.without_data).name
+        raise ValueError(
+            f'{preset.name!r} is a preset, given by its name alone: "method": "{preset.name}". To set parameters, name '
+            f"the method that it stands for here, {stands_for!r}"
+        )
     if not isinstance(method, str):
         return method
     if method not in PRESETS:

@@ -42,3 +42,8 @@ def test_the_paper_is_cat_as_published() -> None:
 def test_an_unknown_preset_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValidationError, match="'best' is no preset; presets are auto, paper"):
         recipe("best")
+
+
+def test_a_preset_given_as_a_method_is_refused_with_how_to_give_it() -> None:
+    with pytest.raises(ValidationError, match=r"'auto' is a preset, given by its name alone.*stands for here, 'tsv_m'"):
+        recipe({"name": "auto", "scaling": 1.0})
